@@ -1,0 +1,51 @@
+//! `spanctl`, the operator's tool of Spanbuf.
+//!
+//! In:     a command line.
+//! Out:    what the command says; an exit code.
+//! Knows:  the commands by name.
+//! Source: docs/spec.md 10.2.
+
+use std::{
+    io::{Write, stderr},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+mod demo;
+
+/// The operator's tool of Spanbuf.
+#[derive(Debug, Parser)]
+#[command(name = "spanctl", version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the whole way on this machine: a private Redis, a Kafka inside this process, the real supervisor and workers.
+    Demo(demo::Arguments),
+}
+
+fn main() -> ExitCode {
+    let Arguments { command } = Arguments::parse();
+    let done = match command {
+        Command::Demo(arguments) => demo::run(&arguments),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            let mut text = format!("error: {error}");
+            let mut source = std::error::Error::source(&error);
+            while let Some(cause) = source {
+                text.push_str(&format!(": {cause}"));
+                source = cause.source();
+            }
+            // Nobody reads it: the exit code says the same.
+            drop(writeln!(stderr(), "{text}"));
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Every key that may be set, its default, and why.
+//!
+//! Out:    the table that README prints and the reader obeys.
+//! Keeps:  defaults stand here and nowhere else, as text, read like any other.
+//! Knows:  nothing else. Pure.
+//! Source: docs/spec.md 10.1.
+
+/// A key of the configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// `section.key`.
+    pub path: &'static str,
+    /// Its value when nothing sets it.
+    pub default: &'static str,
+    /// What it does, for README.
+    pub meaning: &'static str,
+}
+
+/// All keys.
+pub const KEYS: &[Key] = &[
+    key(
+        "kafka.brokers",
+        "127.0.0.1:9092",
+        "brokers to begin with, `host:port,…`",
+    ),
+    key(
+        "kafka.group",
+        "spanbuf",
+        "consumer group that offsets are committed for",
+    ),
+    key(
+        "kafka.start_group",
+        "",
+        "group to take over from: where to begin when ours has committed nothing; empty = off",
+    ),
+    key(
+        "kafka.offset_reset",
+        "earliest",
+        "where to begin with neither a position nor a committed offset: `earliest`, `latest`, `none` = refuse",
+    ),
+    key(
+        "kafka.input_topic",
+        "ingest-spans",
+        "topic of spans; one partition is one shard",
+    ),
+    key(
+        "kafka.output_topics",
+        "buffered-segments",
+        "topics of segments, used in turn",
+    ),
+    key(
+        "kafka.input_dlq",
+        "ingest-spans-dlq",
+        "topic of messages that hold no span; empty = off: they are counted and dropped",
+    ),
+    key(
+        "kafka.output_dlq",
+        "buffered-segments-dlq",
+        "topic of segments that are too large for the broker; empty = off: they stay in Redis",
+    ),
+    key(
+        "kafka.key",
+        "none",
+        "key of a segment's message: `none`, `trace`",
+    ),
+    key(
+        "kafka.properties",
+        "",
+        "properties of librdkafka for all clients, such as `security.protocol`; those that a key here sets are refused",
+    ),
+    key("kafka.consumer", "", "the same for the consumer alone"),
+    key(
+        "kafka.producer",
+        "",
+        "the same for producers alone, such as `compression.type`",
+    ),
+    key("redis.nodes", "127.0.0.1:6379", "the Redis, `host:port`"),
+    // A second is far above a healthy answer, and a third of the shortest hang limit that makes sense.
+    key(
+        "redis.timeout",
+        "1s",
+        "longest wait for one connection, write or reply",
+    ),
+    key(
+        "redis.redis_ttl",
+        "24h",
+        "how long a trace stays in Redis that no worker touches",
+    ),
+    key(
+        "redis.buckets",
+        "1",
+        "parts into which a shard's traces are spread over nodes; 1 on a single node",
+    ),
+    // The cheapest for ingest; zstd halves the memory once more.
+    key(
+        "redis.compression",
+        "lz4",
+        "how payloads are packed: `none`, `lz4`, `zstd`",
+    ),
+    key(
+        "buffer.timeout",
+        "60s",
+        "a segment without a root is due this long after its latest arrival",
+    ),
+    key(
+        "buffer.root_timeout",
+        "10s",
+        "a segment with a root is due this long after its latest arrival",
+    ),
+    key(
+        "buffer.max_segment_age",
+        "600s",
+        "a segment is due this long after its first arrival, however busy; 0 = off",
+    ),
+    // At 1 kB a span this is the byte limit below.
+    key(
+        "buffer.max_spans_per_insert",
+        "1000",
+        "most spans in one entry of a journal",
+    ),
+    key(
+        "buffer.max_insert_bytes",
+        "1MiB",
+        "most bytes of spans in one entry; a larger span stands alone",
+    ),
+    key(
+        "buffer.max_trace_bytes",
+        "64MiB",
+        "a trace of more bytes is flushed at its next look",
+    ),
+    key(
+        "buffer.max_trace_entries",
+        "20000",
+        "a trace of more entries is flushed at its next look",
+    ),
+    key(
+        "buffer.max_segment_bytes",
+        "10MiB",
+        "a segment of more bytes is flushed at its next look, in messages of at most this size",
+    ),
+    key(
+        "flush.max_flush_segments",
+        "500",
+        "most segments of one worker in one cycle",
+    ),
+    key(
+        "flush.max_flush_bytes",
+        "64MiB",
+        "most bytes of their spans; one segment may be larger",
+    ),
+    // Within the time that a worker may wait for Kafka; what fails is sent again at later looks.
+    key(
+        "flush.delivery_timeout",
+        "30s",
+        "how long one delivery is tried before its segment goes back to wait",
+    ),
+    key("intake.batch_spans", "5000", "most messages in one batch"),
+    key(
+        "intake.batch_bytes",
+        "32MiB",
+        "most bytes in one batch, and read ahead",
+    ),
+    key(
+        "intake.batch_time",
+        "20ms",
+        "how long a batch is collected after its first message",
+    ),
+    key(
+        "supervision.shards",
+        "",
+        "partitions to work on: `0-7`, `0,2,5-9`; has no default",
+    ),
+    key(
+        "supervision.max_workers",
+        "",
+        "flush workers at most; empty = one a shard",
+    ),
+    key("supervision.ingest_workers", "1", "ingest workers"),
+    key(
+        "supervision.tick",
+        "250ms",
+        "how often the workers are looked at",
+    ),
+    key(
+        "supervision.reap_limit",
+        "10s",
+        "how long a killed worker may take to go, and how long a held run directory is waited for",
+    ),
+    key(
+        "supervision.drain",
+        "25s",
+        "how long workers may take to end after TERM before they are killed",
+    ),
+    key(
+        "supervision.max_restarts",
+        "10",
+        "failures of one worker that are answered by a restart; 300 s of health heal one",
+    ),
+    key(
+        "supervision.worker",
+        "",
+        "the worker's binary; empty = `worker` beside the supervisor",
+    ),
+    key(
+        "supervision.run_dir",
+        "",
+        "directory of the lock; empty = `$RUNTIME_DIRECTORY`, `$XDG_RUNTIME_DIR/spanbuf`, or `spanbuf-<uid>` in the temp directory",
+    ),
+    key(
+        "log.level",
+        "info",
+        "`off`, `error`, `warn`, `info`, `debug`, `trace`",
+    ),
+];
+
+const fn key(path: &'static str, default: &'static str, meaning: &'static str) -> Key {
+    Key {
+        path,
+        default,
+        meaning,
+    }
+}
+
+/// The key of that path.
+pub(super) fn find(path: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.path == path)
+}
+
+/// The key that a misspelt path most likely means.
+pub(super) fn nearest(path: &str) -> Option<&'static Key> {
+    /// Below this, a neighbour misleads more than it helps.
+    const LIKENESS: f64 = 0.8;
+    // The right key in the wrong section is nearly as near as a misspelt one in the right section.
+    let likeness = |key: &Key| match (key.path.split_once('.'), path.split_once('.')) {
+        (Some((section, name)), Some((written_section, written))) => {
+            let sections = if section == written_section {
+                1.0
+            } else {
+                strsim::jaro_winkler(section, written_section).max(0.95)
+            };
+            sections * strsim::jaro_winkler(name, written)
+        }
+        _ => strsim::jaro_winkler(key.path, path),
+    };
+    let best = KEYS
+        .iter()
+        .max_by(|one, other| likeness(one).total_cmp(&likeness(other)));
+    best.filter(|key| likeness(key) >= LIKENESS)
+}

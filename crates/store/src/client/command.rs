@@ -1,0 +1,282 @@
+//! Every command that Spanbuf sends, routed by the bucket that it speaks to.
+//!
+//! In:     buckets, members, fields, scores.
+//! Out:    a `Command`, encoded, that may be sent more than once.
+//! Keeps:  each touches keys of one hash slot only.
+//! Knows:  keys. No connection.
+//! Source: docs/store.md 1, 2, 3.
+
+use std::time::Duration;
+
+use redis::Cmd;
+use shared::time::{UnixMillis, millis};
+
+use crate::{
+    keys::{Bucket, META_KEY, Member, journal_key, position_key, queue_key, sum_key},
+    scripts::{Source, long_ttl},
+};
+
+/// The hash slots of Redis Cluster.
+pub(crate) const SLOTS: u16 = 16_384;
+
+/// One command of ours.
+#[derive(Clone, Debug)]
+pub struct Command {
+    pub(crate) slot: u16,
+    pub(crate) cmd: Cmd,
+    /// The script that a server may not know.
+    pub(crate) script: Option<&'static Source>,
+}
+
+impl Command {
+    fn new(bucket: Bucket, cmd: Cmd) -> Self {
+        Self {
+            slot: slot_of(bucket),
+            cmd,
+            script: None,
+        }
+    }
+
+    pub(crate) fn script(bucket: Bucket, script: &'static Source, cmd: Cmd) -> Self {
+        Self {
+            slot: slot_of(bucket),
+            cmd,
+            script: Some(script),
+        }
+    }
+
+    /// Reads the offset below which a bucket holds everything.
+    #[must_use]
+    pub fn position(bucket: Bucket) -> Self {
+        Self::new(
+            bucket,
+            named("HGET", position_key(bucket)).arg("next").take(),
+        )
+    }
+
+    /// Reads all of a bucket's position.
+    #[must_use]
+    pub fn whole_position(bucket: Bucket) -> Self {
+        Self::new(bucket, named("HGETALL", position_key(bucket)))
+    }
+
+    /// Reads all of a bucket's sum.
+    #[must_use]
+    pub fn sum(bucket: Bucket) -> Self {
+        Self::new(bucket, named("HGETALL", sum_key(bucket)))
+    }
+
+    /// Adds to one counter of a bucket's sum.
+    #[must_use]
+    pub fn add_to_sum(bucket: Bucket, counter: &str, amount: u64) -> Self {
+        Self::new(
+            bucket,
+            named("HINCRBY", sum_key(bucket))
+                .arg(counter)
+                .arg(amount)
+                .take(),
+        )
+    }
+
+    /// Writes entries into a journal.
+    #[must_use]
+    pub fn insert(bucket: Bucket, member: &Member, entries: &[(Vec<u8>, Vec<u8>)]) -> Self {
+        let mut cmd = named("HSET", journal_key(bucket, member));
+        for (field, chunk) in entries {
+            cmd.arg(&field[..]).arg(&chunk[..]);
+        }
+        Self::new(bucket, cmd)
+    }
+
+    /// Renews a journal's TTL.
+    #[must_use]
+    pub fn expire_journal(bucket: Bucket, member: &Member, ttl: Duration) -> Self {
+        Self::new(bucket, expire(journal_key(bucket, member), ttl))
+    }
+
+    /// Counts the entries of a journal.
+    #[must_use]
+    pub fn entries(bucket: Bucket, member: &Member) -> Self {
+        Self::new(bucket, named("HLEN", journal_key(bucket, member)))
+    }
+
+    /// Estimates a journal's bytes in Redis from five of its entries.
+    #[must_use]
+    pub fn memory(bucket: Bucket, member: &Member) -> Self {
+        let mut cmd = redis::cmd("MEMORY");
+        cmd.arg("USAGE")
+            .arg(journal_key(bucket, member))
+            .arg("SAMPLES")
+            .arg(5);
+        Self::new(bucket, cmd)
+    }
+
+    /// Puts traces into the queue, or lowers their scores; raises none.
+    #[must_use]
+    pub fn enqueue(bucket: Bucket, members: &[(Member, UnixMillis)]) -> Self {
+        let mut cmd = named("ZADD", queue_key(bucket));
+        cmd.arg("LT");
+        for (member, score) in members {
+            cmd.arg(score.0).arg(member.as_bytes());
+        }
+        Self::new(bucket, cmd)
+    }
+
+    /// Reads the traces that are due, earliest first, with their scores.
+    #[must_use]
+    pub fn due(bucket: Bucket, now: UnixMillis, limit: usize) -> Self {
+        let mut cmd = named("ZRANGEBYSCORE", queue_key(bucket));
+        cmd.arg("-inf")
+            .arg(now.0)
+            .arg("WITHSCORES")
+            .arg("LIMIT")
+            .arg(0)
+            .arg(limit);
+        Self::new(bucket, cmd)
+    }
+
+    /// Reads the first trace that is not due yet, with its score.
+    #[must_use]
+    pub fn after(bucket: Bucket, now: UnixMillis) -> Self {
+        let mut cmd = named("ZRANGEBYSCORE", queue_key(bucket));
+        cmd.arg(format!("({now}"))
+            .arg("+inf")
+            .arg("WITHSCORES")
+            .arg("LIMIT")
+            .arg(0)
+            .arg(1);
+        Self::new(bucket, cmd)
+    }
+
+    /// Reads the traces of a queue from place `first` to `last`, lowest score first.
+    #[must_use]
+    pub fn queued(bucket: Bucket, first: usize, last: usize) -> Self {
+        Self::new(
+            bucket,
+            named("ZRANGE", queue_key(bucket))
+                .arg(first)
+                .arg(last)
+                .take(),
+        )
+    }
+
+    /// Counts the traces of a queue.
+    #[must_use]
+    pub fn queue_len(bucket: Bucket) -> Self {
+        Self::new(bucket, named("ZCARD", queue_key(bucket)))
+    }
+
+    /// Takes a member out of a queue that is no trace of ours.
+    #[must_use]
+    pub fn unqueue(bucket: Bucket, member: &[u8]) -> Self {
+        Self::new(bucket, named("ZREM", queue_key(bucket)).arg(member).take())
+    }
+
+    /// Reads the headers of a journal's entries.
+    #[must_use]
+    pub fn headers(bucket: Bucket, member: &Member) -> Self {
+        Self::new(bucket, named("HKEYS", journal_key(bucket, member)))
+    }
+
+    /// Reads the chunks of some entries.
+    #[must_use]
+    pub fn chunks<'f>(
+        bucket: Bucket,
+        member: &Member,
+        fields: impl IntoIterator<Item = &'f [u8]>,
+    ) -> Self {
+        let mut cmd = named("HMGET", journal_key(bucket, member));
+        for field in fields {
+            cmd.arg(field);
+        }
+        Self::new(bucket, cmd)
+    }
+
+    /// Renews the TTLs of a bucket's queue, position and sum.
+    #[must_use]
+    pub fn renew(bucket: Bucket, ttl: Duration) -> [Self; 3] {
+        let keys = [queue_key(bucket), position_key(bucket), sum_key(bucket)];
+        keys.map(|key| Self::new(bucket, expire(key, long_ttl(ttl))))
+    }
+
+    /// Reads what the server says about itself.
+    pub(crate) fn info() -> Self {
+        Self {
+            slot: 0,
+            cmd: redis::cmd("INFO"),
+            script: None,
+        }
+    }
+
+    /// Reads the store's own description.
+    pub(crate) fn meta() -> Self {
+        Self {
+            slot: slot(META_KEY),
+            cmd: named("HGETALL", META_KEY.to_vec()),
+            script: None,
+        }
+    }
+
+    /// Describes the store, in what it does not say yet.
+    pub(crate) fn describe(field: &str, value: &str) -> Self {
+        Self {
+            slot: slot(META_KEY),
+            cmd: named("HSETNX", META_KEY.to_vec())
+                .arg(field)
+                .arg(value)
+                .take(),
+            script: None,
+        }
+    }
+}
+
+fn named(name: &str, key: Vec<u8>) -> Cmd {
+    let mut cmd = redis::cmd(name);
+    cmd.arg(key);
+    cmd
+}
+
+fn expire(key: Vec<u8>, ttl: Duration) -> Cmd {
+    named("PEXPIRE", key).arg(millis(ttl)).take()
+}
+
+/// All keys of a bucket share its hash tag, so they share its slot.
+fn slot_of(bucket: Bucket) -> u16 {
+    slot(&position_key(bucket))
+}
+
+/// The hash slot of a key: CRC16 of its hash tag, or of all of it.
+fn slot(key: &[u8]) -> u16 {
+    let tag = key.iter().position(|&byte| byte == b'{').and_then(|open| {
+        let close = key[open + 1..].iter().position(|&byte| byte == b'}')?;
+        (close > 0).then(|| &key[open + 1..=open + close])
+    });
+    crc16(tag.unwrap_or(key)) % SLOTS
+}
+
+/// CRC-16/XMODEM, as Redis Cluster has it.
+fn crc16(bytes: &[u8]) -> u16 {
+    bytes.iter().fold(0, |crc, &byte| {
+        (0..8).fold(crc ^ u16::from(byte) << 8, |crc, _| {
+            if crc & 0x8000 == 0 {
+                crc << 1
+            } else {
+                crc << 1 ^ 0x1021
+            }
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_those_of_redis_cluster() {
+        assert_eq!(crc16(b"123456789"), 0x31c3);
+        // As `CLUSTER KEYSLOT` says.
+        assert_eq!(slot(b"foo"), 12_182);
+        assert_eq!(slot(b"a{foo}b"), 12_182);
+        assert_eq!(slot(b"a{}foo"), crc16(b"a{}foo") % SLOTS);
+    }
+}

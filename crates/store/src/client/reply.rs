@@ -1,0 +1,167 @@
+//! Reads replies: any value that Redis may send gives what was asked, or nothing.
+//!
+//! In:     a `Value`.
+//! Out:    numbers, scores, lists, a position.
+//! Keeps:  never a panic, never a guess.
+//! Knows:  the forms in which Redis 6.2 and later answer. Pure.
+//! Source: docs/store.md 1.
+
+use redis::Value;
+use shared::time::UnixMillis;
+
+/// A bucket's position.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Position {
+    /// The offset below which the bucket holds everything.
+    pub next: u64,
+    /// The shard's clock when it was written.
+    pub clock: UnixMillis,
+    /// Spans inserted, in all.
+    pub spans: u64,
+    /// The store's instance id when it was written.
+    pub instance: String,
+}
+
+/// The bytes of a string reply.
+#[must_use]
+pub fn bytes(value: &Value) -> Option<&[u8]> {
+    match value {
+        Value::BulkString(bytes) => Some(bytes),
+        Value::SimpleString(text) => Some(text.as_bytes()),
+        _ => None,
+    }
+}
+
+/// A number that is not negative, as an integer or as text.
+#[must_use]
+pub fn number(value: &Value) -> Option<u64> {
+    match value {
+        Value::Int(number) => u64::try_from(*number).ok(),
+        other => std::str::from_utf8(bytes(other)?).ok()?.parse().ok(),
+    }
+}
+
+/// A count; no number is none.
+#[must_use]
+pub fn count(value: &Value) -> u64 {
+    number(value).unwrap_or(0)
+}
+
+/// An offset, where there is one.
+#[must_use]
+pub fn offset(value: &Value) -> Option<u64> {
+    number(value)
+}
+
+/// A score in whole milliseconds; what lies outside of a shard clock's range is its nearest end.
+#[must_use]
+pub fn score(text: &[u8]) -> Option<UnixMillis> {
+    let text = std::str::from_utf8(text).ok()?;
+    if let Ok(whole) = text.parse::<u64>() {
+        return Some(UnixMillis(whole).min(UnixMillis::MAX));
+    }
+    let score: f64 = text.parse().ok().filter(|score: &f64| !score.is_nan())?;
+    // Between these bounds every whole number is exact, and prints without an exponent.
+    format!("{:.0}", score.clamp(0.0, 9_007_199_254_740_992.0))
+        .parse()
+        .ok()
+        .map(UnixMillis)
+}
+
+/// A list of strings; `None` for anything else, or a list that holds anything else.
+#[must_use]
+pub fn list(value: &Value) -> Option<Vec<Vec<u8>>> {
+    match value {
+        Value::Array(values) | Value::Set(values) => values
+            .iter()
+            .map(|value| bytes(value).map(<[u8]>::to_vec))
+            .collect(),
+        _ => None,
+    }
+}
+
+/// Members with their scores; what is no such pair is left out.
+#[must_use]
+pub fn scored(value: &Value) -> Vec<(Vec<u8>, UnixMillis)> {
+    let Value::Array(values) = value else {
+        return Vec::new();
+    };
+    let pair = |pair: &[Value]| match pair {
+        [member, at] => Some((bytes(member)?.to_vec(), score(bytes(at)?)?)),
+        _ => None,
+    };
+    values.chunks(2).filter_map(pair).collect()
+}
+
+/// A whole position; `None` when there is none, or when it is no position.
+#[must_use]
+pub fn position(value: &Value) -> Option<Position> {
+    let Value::Array(values) = value else {
+        return None;
+    };
+    let field = |name: &[u8]| {
+        values
+            .chunks_exact(2)
+            .find(|pair| bytes(&pair[0]) == Some(name))
+            .map(|pair| &pair[1])
+    };
+    Some(Position {
+        next: number(field(b"next")?)?,
+        clock: UnixMillis(number(field(b"clock")?)?).min(UnixMillis::MAX),
+        spans: number(field(b"spans")?)?,
+        instance: String::from_utf8_lossy(bytes(field(b"instance")?)?).into_owned(),
+    })
+}
+
+/// A hash of counters, such as the sum: names and amounts.
+#[must_use]
+pub fn counters(value: &Value) -> Vec<(String, u64)> {
+    let Value::Array(values) = value else {
+        return Vec::new();
+    };
+    let pair = |pair: &[Value]| {
+        Some((
+            String::from_utf8_lossy(bytes(&pair[0])?).into_owned(),
+            number(&pair[1])?,
+        ))
+    };
+    values.chunks_exact(2).filter_map(pair).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scores_are_read_in_every_form_that_redis_prints() {
+        let rows: [(&str, Option<u64>); 8] = [
+            ("1732426890123", Some(1_732_426_890_123)),
+            ("1.732426890123e+12", Some(1_732_426_890_123)),
+            ("1.5", Some(2)),
+            ("-7", Some(0)),
+            ("inf", Some(1 << 53)),
+            ("99999999999999999", Some(1 << 53)),
+            ("nan", None),
+            ("x", None),
+        ];
+        for (text, expected) in rows {
+            assert_eq!(score(text.as_bytes()), expected.map(UnixMillis), "{text}");
+        }
+    }
+
+    #[test]
+    fn anything_else_is_nothing() {
+        for value in [
+            Value::Nil,
+            Value::Int(-1),
+            Value::Okay,
+            Value::Array(vec![Value::Nil]),
+            Value::BulkString(b"x".to_vec()),
+        ] {
+            assert_eq!(position(&value), None);
+            assert_eq!(number(&value), None);
+            assert!(scored(&value).is_empty());
+        }
+        assert_eq!(list(&Value::Array(vec![Value::Int(1)])), None);
+    }
+}

@@ -1,0 +1,339 @@
+//! The scripts of `lua/`, with their arguments and replies as types.
+//!
+//! In:     what a step wants of one bucket.
+//! Out:    a `Command` for the client, and what its reply says.
+//! Keeps:  keys of one call share their hash tag; a reply of another shape is an error, never a guess.
+//! Knows:  the scripts' heads. No connection.
+//! Source: docs/store.md 2, 3, 4.
+
+use std::{sync::LazyLock, time::Duration};
+
+use redis::{Cmd, Script, Value};
+use shared::time::{UnixMillis, millis};
+
+use crate::{
+    client::{Command, reply},
+    keys::{Bucket, Member, journal_key, position_key, queue_key, sum_key},
+};
+
+/// A script of ours: its source, and what it is called in errors.
+#[derive(Debug)]
+pub struct Source {
+    name: &'static str,
+    code: &'static str,
+    hash: String,
+}
+
+impl Source {
+    fn new(name: &'static str, code: &'static str) -> Self {
+        Self {
+            name,
+            code,
+            hash: Script::new(code).get_hash().to_owned(),
+        }
+    }
+
+    /// The file's name in `lua/`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The command that makes a server know the script.
+    #[must_use]
+    pub(crate) fn load(&self) -> Cmd {
+        let mut load = redis::cmd("SCRIPT");
+        load.arg("LOAD").arg(self.code);
+        load
+    }
+
+    fn call(&self, keys: &[Vec<u8>]) -> Cmd {
+        let mut call = redis::cmd("EVALSHA");
+        call.arg(&self.hash).arg(keys.len()).arg(keys);
+        call
+    }
+}
+
+static POSITION: LazyLock<Source> =
+    LazyLock::new(|| Source::new("position.lua", include_str!("../../../lua/position.lua")));
+static QUEUE: LazyLock<Source> =
+    LazyLock::new(|| Source::new("queue.lua", include_str!("../../../lua/queue.lua")));
+static CLEAR: LazyLock<Source> =
+    LazyLock::new(|| Source::new("clear.lua", include_str!("../../../lua/clear.lua")));
+
+/// All scripts.
+#[must_use]
+pub fn all() -> [&'static Source; 3] {
+    [&POSITION, &QUEUE, &CLEAR]
+}
+
+/// A reply that is not what its script returns.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("read reply of {script}: it is not {expected} (is the script of the same build?)")]
+pub struct ReplyError {
+    script: &'static str,
+    expected: &'static str,
+}
+
+/// Queues, positions and sums live twice as long as journals, so that they speak for every journal to its end.
+#[must_use]
+pub fn long_ttl(ttl: Duration) -> Duration {
+    ttl.saturating_mul(2)
+}
+
+/// Moves the position of one bucket on.
+#[derive(Debug, Clone)]
+pub struct PositionCall<'a> {
+    /// The bucket.
+    pub bucket: Bucket,
+    /// The offset that has to stand now; none: there has to be no position.
+    pub before: Option<u64>,
+    /// The offset below which the bucket now holds everything.
+    pub next: u64,
+    /// The shard's clock.
+    pub clock: UnixMillis,
+    /// Spans that this step makes visible.
+    pub spans: u64,
+    /// The store's instance id.
+    pub instance: &'a str,
+    /// `redis.redis_ttl`.
+    pub ttl: Duration,
+    /// What else this step counts in the bucket's sum.
+    pub counts: &'a [(&'static str, u64)],
+}
+
+/// What became of a position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PositionReply {
+    /// It is written.
+    Written,
+    /// Another one stood, and stands.
+    Stands(Option<u64>),
+}
+
+impl PositionCall<'_> {
+    /// The command.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut call = POSITION.call(&[
+            position_key(self.bucket),
+            queue_key(self.bucket),
+            sum_key(self.bucket),
+        ]);
+        let before = self
+            .before
+            .map_or_else(String::new, |before| before.to_string());
+        call.arg(millis(long_ttl(self.ttl)))
+            .arg(before)
+            .arg(self.next)
+            .arg(self.clock.0)
+            .arg(self.spans)
+            .arg(self.instance);
+        for (counter, amount) in self.counts {
+            call.arg(counter).arg(amount);
+        }
+        Command::script(self.bucket, &POSITION, call)
+    }
+}
+
+impl PositionReply {
+    /// Reads the reply.
+    ///
+    /// # Errors
+    /// [`ReplyError`] for any other shape.
+    pub fn read(value: &Value) -> Result<Self, ReplyError> {
+        let wrong = ReplyError {
+            script: "position.lua",
+            expected: "a flag and an offset",
+        };
+        let Value::Array(parts) = value else {
+            return Err(wrong);
+        };
+        match (parts.first().and_then(reply::number), parts.get(1)) {
+            (Some(1), Some(_)) => Ok(Self::Written),
+            (Some(0), Some(stands)) => match reply::bytes(stands) {
+                Some([]) => Ok(Self::Stands(None)),
+                _ => reply::number(stands)
+                    .map(|stands| Self::Stands(Some(stands)))
+                    .ok_or(wrong),
+            },
+            _ => Err(wrong),
+        }
+    }
+}
+
+/// Which way scores may go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QueueMode {
+    /// Up or down, for members that are there.
+    Lift,
+    /// Down; members that are not there are added.
+    Lower,
+}
+
+/// Lifts or lowers the scores of traces in one queue.
+#[derive(Debug, Clone)]
+pub struct QueueCall {
+    /// The bucket.
+    pub bucket: Bucket,
+    /// `redis.redis_ttl`.
+    pub ttl: Duration,
+    /// Which way.
+    pub mode: QueueMode,
+    /// The traces, each with its score.
+    pub members: Vec<(Member, UnixMillis)>,
+}
+
+impl QueueCall {
+    /// The command.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut call = QUEUE.call(&[queue_key(self.bucket)]);
+        call.arg(millis(long_ttl(self.ttl))).arg(match self.mode {
+            QueueMode::Lift => "lift",
+            QueueMode::Lower => "lower",
+        });
+        for (member, score) in &self.members {
+            call.arg(score.0).arg(member.as_bytes());
+        }
+        Command::script(self.bucket, &QUEUE, call)
+    }
+}
+
+/// What is removed of one journal, and counted.
+#[derive(Debug, Clone)]
+pub struct ClearCall {
+    /// The bucket.
+    pub bucket: Bucket,
+    /// The trace.
+    pub member: Member,
+    /// `redis.redis_ttl`.
+    pub ttl: Duration,
+    /// When what is left is looked at; none: nothing was left when the journal was read.
+    pub next_look: Option<UnixMillis>,
+    /// The entries to remove.
+    pub fields: Vec<FieldOut>,
+}
+
+/// One entry that goes, and what became of its spans.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FieldOut {
+    /// The entry's field.
+    pub field: Vec<u8>,
+    /// Spans that Kafka acknowledged.
+    pub produced: u64,
+    /// Spans that stood in a produced one with equal bytes, sent twice.
+    pub repeats: u64,
+    /// Spans that are given up, by reason.
+    pub dropped: Vec<(&'static str, u64)>,
+}
+
+/// What a clear did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClearReply {
+    /// Fields that this call removed.
+    pub removed: u64,
+    /// Fields that are left.
+    pub left: u64,
+    /// The trace's score afterwards; none: it is in the queue no more.
+    pub score: Option<UnixMillis>,
+}
+
+impl ClearCall {
+    /// The command.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut call = CLEAR.call(&[
+            journal_key(self.bucket, &self.member),
+            queue_key(self.bucket),
+            sum_key(self.bucket),
+        ]);
+        let next_look = self
+            .next_look
+            .map_or_else(String::new, |next_look| next_look.to_string());
+        call.arg(millis(self.ttl))
+            .arg(millis(long_ttl(self.ttl)))
+            .arg(self.member.as_bytes())
+            .arg(next_look);
+        for out in &self.fields {
+            call.arg(&out.field[..])
+                .arg(out.produced)
+                .arg(out.repeats)
+                .arg(out.dropped.len());
+            for (reason, spans) in &out.dropped {
+                call.arg(reason).arg(spans);
+            }
+        }
+        Command::script(self.bucket, &CLEAR, call)
+    }
+}
+
+impl ClearReply {
+    /// Reads the reply.
+    ///
+    /// # Errors
+    /// [`ReplyError`] for any other shape.
+    pub fn read(value: &Value) -> Result<Self, ReplyError> {
+        let wrong = ReplyError {
+            script: "clear.lua",
+            expected: "two counts and a score",
+        };
+        let Value::Array(parts) = value else {
+            return Err(wrong);
+        };
+        let [removed, left, score] = &parts[..] else {
+            return Err(wrong);
+        };
+        let score = match reply::bytes(score) {
+            Some([]) => None,
+            Some(text) => Some(reply::score(text).ok_or_else(|| wrong.clone())?),
+            None => return Err(wrong),
+        };
+        match (reply::number(removed), reply::number(left)) {
+            (Some(removed), Some(left)) => Ok(Self {
+                removed,
+                left,
+                score,
+            }),
+            _ => Err(wrong),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bulk(text: &str) -> Value {
+        Value::BulkString(text.into())
+    }
+
+    #[test]
+    fn replies_of_another_shape_are_errors() {
+        let written = Value::Array(vec![Value::Int(1), bulk("7")]);
+        assert_eq!(PositionReply::read(&written), Ok(PositionReply::Written));
+        let none = Value::Array(vec![Value::Int(0), bulk("")]);
+        assert_eq!(PositionReply::read(&none), Ok(PositionReply::Stands(None)));
+        let seven = Value::Array(vec![Value::Int(0), bulk("7")]);
+        assert_eq!(
+            PositionReply::read(&seven),
+            Ok(PositionReply::Stands(Some(7)))
+        );
+        for wrong in [
+            Value::Nil,
+            Value::Array(vec![]),
+            Value::Array(vec![Value::Int(2), bulk("7")]),
+            Value::Array(vec![Value::Int(0), bulk("x")]),
+        ] {
+            assert!(PositionReply::read(&wrong).is_err(), "{wrong:?}");
+            assert!(ClearReply::read(&wrong).is_err(), "{wrong:?}");
+        }
+        let cleared = Value::Array(vec![Value::Int(2), Value::Int(1), bulk("1500")]);
+        let expected = ClearReply {
+            removed: 2,
+            left: 1,
+            score: Some(UnixMillis(1_500)),
+        };
+        assert_eq!(ClearReply::read(&cleared), Ok(expected));
+    }
+}

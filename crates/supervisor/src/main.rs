@@ -1,0 +1,7 @@
+//! Binary `supervisor`.
+
+use shared::exit::Exit;
+
+fn main() -> Exit {
+    supervisor::run(std::env::args_os())
+}

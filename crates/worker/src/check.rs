@@ -1,0 +1,146 @@
+//! Role `check`: one run that proves that Redis and Kafka are there and are what they should be.
+//!
+//! In:     the configuration in the launch record.
+//! Out:    a line for each thing that was proved or was not, on standard output; an exit code.
+//! Keeps:  it writes nothing to Redis or Kafka, and ends within some seconds whatever they do.
+//! Knows:  the same checks as the roles.
+//! Source: docs/spec.md 10.1; docs/supervision.md 1.
+
+use std::{
+    fmt::Display,
+    io::{Write, stdout},
+};
+
+use rdkafka::consumer::{BaseConsumer, Consumer};
+use shared::{config::Config, exit::Exit, launch::Launch};
+use store::client::Client;
+
+use crate::{
+    chain,
+    kafka::{self, Context, TopicError},
+};
+
+/// Proves both and says what was found.
+#[must_use]
+pub fn run(launch: &Launch) -> Exit {
+    let redis = redis(&launch.config);
+    let kafka = kafka(&launch.config, launch);
+    // What was refused outweighs what did not answer: trying again does not help it.
+    match (redis, kafka) {
+        (Exit::Config, _) | (_, Exit::Config) => Exit::Config,
+        (Exit::Ok, Exit::Ok) => Exit::Ok,
+        _ => Exit::Os,
+    }
+}
+
+fn redis(config: &Config) -> Exit {
+    let address = config.redis.nodes.join(",");
+    let checked = match Client::new(&config.redis) {
+        Ok(mut client) => client.check(),
+        Err(error) => return say(Exit::Config, "redis", &chain(&error)),
+    };
+    match checked {
+        Ok(server) if server.maxmemory == 0 => say(
+            Exit::Ok,
+            "redis",
+            &format!(
+                "{address} version={} answers; it has no maxmemory (set maxmemory and maxmemory-policy noeviction)",
+                server.version
+            ),
+        ),
+        Ok(server) => say(
+            Exit::Ok,
+            "redis",
+            &format!(
+                "{address} version={} maxmemory={} answers",
+                server.version, server.maxmemory
+            ),
+        ),
+        Err(error) => say(
+            if error.is_outage() {
+                Exit::Os
+            } else {
+                Exit::Config
+            },
+            "redis",
+            &chain(&error),
+        ),
+    }
+}
+
+fn kafka(config: &Config, launch: &Launch) -> Exit {
+    let client: BaseConsumer<Context> =
+        match kafka::consumer(&config.kafka, 1).create_with_context(Context) {
+            Ok(client) => client,
+            Err(error) => {
+                return say(
+                    Exit::Config,
+                    "kafka",
+                    &format!("make client: {error} (check kafka.properties)"),
+                );
+            }
+        };
+    let mut worst = Exit::Ok;
+    let mut prove = |topic: &str, needed: bool, shards: bool| {
+        let exit = match kafka::partitions(client.client(), topic) {
+            Ok(Some(there)) => {
+                let missing = launch
+                    .shards
+                    .iter()
+                    .find(|shard| shards && !there.contains(&shard.0));
+                match missing {
+                    Some(shard) => say(
+                        Exit::Config,
+                        topic,
+                        &format!(
+                            "has partitions={}, none for shard={shard} (check --shards)",
+                            there.len()
+                        ),
+                    ),
+                    None => say(Exit::Ok, topic, &format!("has partitions={}", there.len())),
+                }
+            }
+            Ok(None) if needed => say(Exit::Config, topic, &"does not exist (create it)"),
+            Ok(None) => say(
+                Exit::Ok,
+                topic,
+                &"does not exist: what it would take stays in redis (create it, or empty its key)",
+            ),
+            Err(source) => {
+                let error = TopicError {
+                    topic: topic.to_owned(),
+                    brokers: config.kafka.brokers.clone(),
+                    source,
+                };
+                say(Exit::Os, topic, &chain(&error))
+            }
+        };
+        if worst != Exit::Config && exit != Exit::Ok {
+            worst = exit;
+        }
+        exit != Exit::Os
+    };
+    // One broker that does not answer is enough: the others would not either.
+    let answers = prove(&config.kafka.input_topic, true, true);
+    let answers = answers
+        && config
+            .kafka
+            .output_topics
+            .iter()
+            .all(|topic| prove(topic, true, false));
+    if answers {
+        let input_dlq = config.kafka.input_dlq.iter().map(|topic| (topic, true));
+        let output_dlq = config.kafka.output_dlq.iter().map(|topic| (topic, false));
+        for (topic, needed) in input_dlq.chain(output_dlq) {
+            prove(topic, needed, false);
+        }
+    }
+    worst
+}
+
+fn say(exit: Exit, what: &str, found: &dyn Display) -> Exit {
+    let word = if exit == Exit::Ok { "ok" } else { "not ok" };
+    // Nobody reads it: the exit code says the same.
+    drop(writeln!(stdout(), "{word}: {what}: {found}"));
+    exit
+}

@@ -1,0 +1,296 @@
+//! Sends messages to Kafka and awaits the broker's word on every one of them.
+//!
+//! In:     messages, in order.
+//! Out:    for each message: acknowledged by all replicas, or why not.
+//! Keeps:  no message is without an answer when `deliver` returns: librdkafka's time-out ends each, ours ends the wait.
+//! Knows:  rdkafka's producer. Not what is sent, nor what an answer means for it.
+//! Source: docs/spec.md 2.4, 5.4.
+
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+use log::warn;
+use rdkafka::{
+    ClientContext,
+    client::Client,
+    config::{ClientConfig, RDKafkaLogLevel},
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{DeliveryResult, Header, OwnedHeaders},
+    producer::{BaseRecord, Producer, ProducerContext, ThreadedProducer},
+};
+use shared::{
+    board::Phase,
+    config,
+    time::{Clock, MonoNanos},
+};
+
+use crate::{
+    beat::{Beat, Reason},
+    kafka::{self, Context},
+};
+
+/// Reports that may stand between librdkafka's thread and ours; more wait in librdkafka.
+const REPORTS_WAITING: usize = 1024;
+/// How long one wait for reports may last: the worker shows progress in between.
+const SLICE: Duration = Duration::from_millis(250);
+/// How much longer than librdkafka's own time-out a report may take before its client is given up.
+const GRACE: Duration = Duration::from_secs(5);
+/// After how long an awaited delivery shows as backpressure (docs/spec.md 6.1).
+const SHOWN_AFTER: Duration = Duration::from_secs(5);
+
+/// One message on its way out.
+#[derive(Debug, Clone)]
+pub struct Outgoing<'m> {
+    /// The topic.
+    pub topic: &'m str,
+    /// The key; without one librdkafka spreads messages over partitions.
+    pub key: Option<&'m [u8]>,
+    /// The value; none sends a tombstone on.
+    pub payload: Option<&'m [u8]>,
+    /// The headers, in order.
+    pub headers: Vec<(&'static str, Vec<u8>)>,
+}
+
+/// Why a message was not acknowledged.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Fault {
+    /// The broker will never take it.
+    #[error("message is too large for the broker (check max.message.bytes of the topic)")]
+    TooLarge,
+    /// Not now; the same message may be taken later. It may also have been written.
+    #[error("not acknowledged: {0} (check brokers, topic and authorization)")]
+    Later(RDKafkaErrorCode),
+    /// librdkafka gave no answer in time, and was given up.
+    #[error("no answer from librdkafka")]
+    Silent,
+}
+
+/// An error in making a producer: a property that librdkafka does not take.
+#[derive(Debug, thiserror::Error)]
+#[error("make kafka producer (check kafka.properties and kafka.producer)")]
+pub struct ProducerError(#[source] KafkaError);
+
+impl crate::Refusal for ProducerError {}
+
+/// A producer whose every delivery is awaited.
+pub struct Deliverer {
+    client: ClientConfig,
+    delivery_timeout: Duration,
+    // Before the producer: dropping the receiver frees librdkafka's thread, which dropping the producer joins.
+    reports: Receiver<Report>,
+    producer: ThreadedProducer<Reports>,
+    next_ticket: usize,
+}
+
+impl std::fmt::Debug for Deliverer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Deliverer")
+            .field("delivery_timeout", &self.delivery_timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+type Report = (usize, Result<(), RDKafkaErrorCode>);
+
+struct Reports(Sender<Report>);
+
+impl ClientContext for Reports {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        Context.log(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        Context.error(error, reason);
+    }
+}
+
+impl ProducerContext for Reports {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
+        let answer = match result {
+            Ok(_) => Ok(()),
+            Err((error, _)) => Err(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)),
+        };
+        // Nobody listens any more: the producer was given up, and what it had is asked of Kafka again.
+        self.0.send((ticket, answer)).ok();
+    }
+}
+
+impl Deliverer {
+    /// Makes a producer; no broker is asked.
+    ///
+    /// # Errors
+    /// [`ProducerError`] when librdkafka refuses a property.
+    pub fn new(
+        kafka: &config::Kafka,
+        delivery_timeout: Duration,
+        batch_bytes: Option<u64>,
+    ) -> Result<Self, ProducerError> {
+        let mut client = kafka::producer(kafka, delivery_timeout);
+        if let Some(bytes) = batch_bytes.filter(|_| client.get("batch.size").is_none()) {
+            // A batch is refused as a whole: it must not be what makes small messages too large.
+            client.set("batch.size", bytes.clamp(1, 1_000_000).to_string());
+        }
+        let (reports, producer) = make(&client)?;
+        Ok(Self {
+            client,
+            delivery_timeout,
+            reports,
+            producer,
+            next_ticket: 1,
+        })
+    }
+
+    /// librdkafka's client, for questions about topics.
+    #[must_use]
+    pub fn client(&self) -> &Client<impl ClientContext + use<>> {
+        self.producer.client()
+    }
+
+    /// Sends all messages and waits for the answer to each.
+    ///
+    /// Shape: one answer for each message, in the order given.
+    /// Units: bounded by the delivery time-out and 5 s.
+    pub fn deliver(
+        &mut self,
+        messages: &[Outgoing<'_>],
+        beat: &mut Beat,
+    ) -> Vec<Result<(), Fault>> {
+        let phase = beat.phase_now();
+        beat.phase(Phase::Kafka);
+        let mut round = Round {
+            first: self.next_ticket,
+            answers: vec![None; messages.len()],
+            left: messages.len(),
+            begun: Clock::mono_now(),
+        };
+        self.next_ticket = self.next_ticket.wrapping_add(messages.len());
+        for (index, message) in messages.iter().enumerate() {
+            self.send(index, message, &mut round, beat);
+        }
+        while round.left > 0 && !self.overdue(&round) {
+            self.await_some(&mut round, beat);
+        }
+        beat.backpressure(Reason::Delivery, None);
+        beat.phase(phase);
+        if round.left > 0 || self.producer.client().fatal_error().is_some() {
+            self.make_anew();
+        }
+        round
+            .answers
+            .into_iter()
+            .map(|answer| answer.unwrap_or(Err(Fault::Silent)))
+            .collect()
+    }
+
+    /// Hands one message to librdkafka; while its queue is full, takes reports.
+    fn send(&mut self, index: usize, message: &Outgoing<'_>, round: &mut Round, beat: &mut Beat) {
+        loop {
+            let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(
+                message.topic,
+                round.first.wrapping_add(index),
+            )
+            .headers(headers(&message.headers));
+            if let Some(payload) = message.payload {
+                record = record.payload(payload);
+            }
+            if let Some(key) = message.key {
+                record = record.key(key);
+            }
+            let Err((error, _)) = self.producer.send(record) else {
+                return;
+            };
+            match error.rdkafka_error_code() {
+                Some(RDKafkaErrorCode::QueueFull) if !self.overdue(round) => {
+                    self.await_some(round, beat)
+                }
+                code => {
+                    return round.answer(index, Err(fault(code.unwrap_or(RDKafkaErrorCode::Fail))));
+                }
+            }
+        }
+    }
+
+    /// Takes the reports that stand, or waits a moment for the first.
+    fn await_some(&mut self, round: &mut Round, beat: &mut Beat) {
+        let mut report = self.reports.recv_timeout(SLICE).ok();
+        while let Some((ticket, answer)) = report {
+            // A ticket of an earlier round cannot come: its producer was made anew.
+            round.answer(ticket.wrapping_sub(round.first), answer.map_err(fault));
+            report = self.reports.try_recv().ok();
+        }
+        if Clock::mono_now().since(round.begun) >= SHOWN_AFTER {
+            beat.backpressure(Reason::Delivery, Some(round.begun));
+        }
+        beat.progress();
+    }
+
+    fn overdue(&self, round: &Round) -> bool {
+        Clock::mono_now().since(round.begun) > self.delivery_timeout + GRACE
+    }
+
+    /// A fatal error (idempotence lost) or silence is mended by a new client alone.
+    fn make_anew(&mut self) {
+        warn!(
+            "kafka producer is made anew fatal={:?}",
+            self.producer.client().fatal_error()
+        );
+        match make(&self.client) {
+            Ok((reports, producer)) => {
+                self.reports = reports;
+                self.producer = producer;
+            }
+            // The same properties were taken before; the old client goes on failing, and this is tried again.
+            Err(error) => warn!("{}", crate::chain(&error)),
+        }
+    }
+}
+
+/// The messages of one call and what is known of them.
+struct Round {
+    first: usize,
+    answers: Vec<Option<Result<(), Fault>>>,
+    left: usize,
+    begun: MonoNanos,
+}
+
+impl Round {
+    fn answer(&mut self, index: usize, answer: Result<(), Fault>) {
+        if let Some(place @ None) = self.answers.get_mut(index) {
+            *place = Some(answer);
+            self.left -= 1;
+        }
+    }
+}
+
+fn make(
+    client: &ClientConfig,
+) -> Result<(Receiver<Report>, ThreadedProducer<Reports>), ProducerError> {
+    let (sender, reports) = bounded(REPORTS_WAITING);
+    let producer = client
+        .create_with_context(Reports(sender))
+        .map_err(ProducerError)?;
+    Ok((reports, producer))
+}
+
+fn headers(pairs: &[(&'static str, Vec<u8>)]) -> OwnedHeaders {
+    pairs.iter().fold(
+        OwnedHeaders::new_with_capacity(pairs.len()),
+        |headers, (key, value)| {
+            headers.insert(Header {
+                key,
+                value: Some(value),
+            })
+        },
+    )
+}
+
+fn fault(code: RDKafkaErrorCode) -> Fault {
+    match code {
+        RDKafkaErrorCode::MessageSizeTooLarge | RDKafkaErrorCode::InvalidMessageSize => {
+            Fault::TooLarge
+        }
+        other => Fault::Later(other),
+    }
+}

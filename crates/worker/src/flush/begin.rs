@@ -1,0 +1,148 @@
+//! Begins the role: the store and Kafka are there and are what they should be.
+//!
+//! In:     the launch record.
+//! Out:    `Flush`, ready for its first cycle.
+//! Keeps:  what is away is waited for; only a refusal ends the worker; a broker's lower limit lowers ours.
+//! Knows:  the order of a start.
+//! Source: docs/spec.md 5.3, 9.1; docs/supervision.md 3.
+
+use log::{info, warn};
+use shared::{board::Board, config::Config, launch::Launch, shard::BucketId};
+use store::{client::Client, keys::Bucket};
+
+use super::{Flush, assemble::Limits, headers::Failures, produce::Output, upkeep::Upkeep};
+use crate::{
+    Ended, Refusal,
+    beat::{Beat, Reason},
+    checks,
+    deliver::Deliverer,
+    kafka::{self, TopicError},
+};
+
+/// What Kafka adds to a message: headers, framing of record and batch.
+const FRAMING_BYTES: u64 = 2_048;
+
+/// An output topic that is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("find output topic={topic}: it does not exist (create it, or check kafka.output_topics)")]
+pub struct NoTopic {
+    topic: String,
+}
+
+impl Refusal for NoTopic {}
+
+/// Makes the role ready: waits for Redis and Kafka.
+pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Flush, Ended> {
+    let config = launch.config.clone();
+    let mut client = Client::new(&config.redis)?;
+    checks::wait_for_store(&mut client, config.redis.buckets, &launch.shards, &mut beat)?;
+
+    let deliverer = Deliverer::new(&config.kafka, config.flush.delivery_timeout, None)?;
+    for topic in &config.kafka.output_topics {
+        if !exists(&deliverer, topic, &config, &mut beat)? {
+            return Err(NoTopic {
+                topic: topic.clone(),
+            }
+            .into());
+        }
+    }
+    let mut dlq = config.kafka.output_dlq.clone();
+    if let Some(topic) = &dlq
+        && !exists(&deliverer, topic, &config, &mut beat)?
+    {
+        warn!(
+            "topic={topic} does not exist: messages that the broker never takes will stay in redis (create it, or empty kafka.output_dlq)"
+        );
+        dlq = None;
+    }
+    let segment_bytes_max = segment_bytes_max(&config, &beat);
+    drop(deliverer);
+    let deliverer = Deliverer::new(
+        &config.kafka,
+        config.flush.delivery_timeout,
+        Some(segment_bytes_max),
+    )?;
+
+    let buckets = launch.shards.iter().flat_map(|shard| {
+        (0..config.redis.buckets).map(move |bucket| Bucket {
+            shard,
+            bucket: BucketId(bucket),
+        })
+    });
+    let ledgers = launch
+        .shards
+        .iter()
+        .filter_map(|shard| Some((shard, board.ledger(shard)?)))
+        .collect();
+    Ok(Flush {
+        limits: limits(&config, segment_bytes_max),
+        upkeep: Upkeep::new(buckets.collect()),
+        output: Output::new(&config, deliverer, dlq, segment_bytes_max),
+        shards: launch.shards.clone(),
+        board: board.clone(),
+        failures: Failures::default(),
+        config,
+        beat,
+        client,
+        ledgers,
+    })
+}
+
+fn limits(config: &Config, segment_bytes_max: u64) -> Limits {
+    let buffer = &config.buffer;
+    Limits {
+        timeout: buffer.timeout,
+        root_timeout: buffer.root_timeout,
+        max_segment_age: buffer.max_segment_age,
+        max_segment_bytes: segment_bytes_max,
+        max_trace_bytes: buffer.max_trace_bytes,
+        max_trace_entries: buffer.max_trace_entries,
+    }
+}
+
+/// Asks Kafka for a topic until it answers.
+fn exists(
+    deliverer: &Deliverer,
+    topic: &str,
+    config: &Config,
+    beat: &mut Beat,
+) -> Result<bool, Ended> {
+    loop {
+        match kafka::partitions(deliverer.client(), topic) {
+            Ok(partitions) => {
+                beat.worked(Reason::Kafka);
+                return Ok(partitions.is_some());
+            }
+            Err(source) => {
+                let error = TopicError {
+                    topic: topic.to_owned(),
+                    brokers: config.kafka.brokers.clone(),
+                    source,
+                };
+                beat.failed(Reason::Kafka, "find output topic", &error)?;
+            }
+        }
+    }
+}
+
+/// The largest message that we make: ours, or what the smallest of the output topics takes.
+fn segment_bytes_max(config: &Config, beat: &Beat) -> u64 {
+    let ours = config.buffer.max_segment_bytes;
+    let mut lowest = ours;
+    for topic in &config.kafka.output_topics {
+        match kafka::message_bytes_max(&config.kafka, topic, beat) {
+            Ok(theirs) if theirs.saturating_sub(FRAMING_BYTES) < lowest => {
+                lowest = theirs.saturating_sub(FRAMING_BYTES).max(1);
+                warn!(
+                    "topic={topic} takes messages of bytes={theirs}: segments are cut at bytes={lowest}, not at buffer.max_segment_bytes={ours} (raise max.message.bytes of the topic)"
+                );
+            }
+            Ok(theirs) => info!("topic={topic} takes messages of bytes={theirs}"),
+            Err(error) => info!(
+                "topic={topic} does not tell its largest message, buffer.max_segment_bytes={ours} stands: {}",
+                crate::chain(&error)
+            ),
+        }
+    }
+    lowest
+}

@@ -1,0 +1,274 @@
+//! Reads the chunks of the chosen segments.
+//!
+//! In:     what was chosen, with the fields of every segment.
+//! Out:    the same with its spans; what is gone, corrupt or not readable by this build is told apart.
+//! Keeps:  a reply holds a bounded number of bytes; a chunk that lies about its size is corrupt.
+//! Knows:  the store's read side.
+//! Source: docs/store.md 3.
+
+use std::collections::HashSet;
+
+use log::{error, warn};
+use store::{
+    chunk::{self, Chunk, ChunkError},
+    client::{Client, Command, reply},
+    scripts::FieldOut,
+};
+
+use super::{
+    assemble::{Entry, Segment},
+    choose::{Look, UNKNOWN_AGAIN},
+    due::Due,
+};
+use crate::{
+    Ended,
+    ask::{Answer, ask},
+    beat::Beat,
+};
+
+/// Bytes of spans, before compression, that one reply may hold; a single larger entry comes alone.
+const REPLY_BYTES: u64 = 8 << 20;
+/// The most bytes of spans in a chunk whose header does not say how many there are.
+const UNTOLD_BYTES: u64 = 64 << 20;
+
+/// One trace with the spans of its due segments.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The trace, its next look included.
+    pub look: Look,
+    /// The due segments.
+    pub segments: Vec<LoadedSegment>,
+    /// Entries that are given up, counted.
+    pub given_up: Vec<FieldOut>,
+}
+
+/// One segment with its spans.
+#[derive(Debug)]
+pub struct LoadedSegment {
+    /// The segment; its entries are those of `chunks`, in the same order.
+    pub segment: Segment,
+    /// The spans of each entry.
+    pub chunks: Vec<Chunk>,
+}
+
+/// Loads everything that was chosen.
+///
+/// # Errors
+/// [`Ended::Stopped`].
+pub fn load(client: &mut Client, beat: &mut Beat, looks: Vec<Look>) -> Result<Vec<Loaded>, Ended> {
+    let mut commands = Vec::new();
+    for look in &looks {
+        let wanted = look.flush.iter().map(|segment| &segment.entries[..]);
+        for group in wanted.flat_map(|entries| groups(entries)) {
+            commands.push(Command::chunks(
+                look.due.bucket,
+                &look.due.member,
+                group.iter().map(|entry| &entry.field[..]),
+            ));
+        }
+        for field in &look.damaged {
+            commands.push(Command::chunks(
+                look.due.bucket,
+                &look.due.member,
+                [&field[..]],
+            ));
+        }
+    }
+    let mut answers = ask(client, beat, "load segments", commands)?.into_iter();
+    Ok(looks
+        .into_iter()
+        .map(|look| sort(look, &mut answers))
+        .collect())
+}
+
+/// Cuts entries into groups whose spans fit into one reply.
+fn groups(entries: &[Entry]) -> Vec<&[Entry]> {
+    let (mut groups, mut first, mut bytes) = (Vec::new(), 0, 0_u64);
+    for (index, entry) in entries.iter().enumerate() {
+        bytes = bytes.saturating_add(entry.header.bytes);
+        if bytes > REPLY_BYTES && index > first {
+            groups.push(&entries[first..index]);
+            (first, bytes) = (index, entry.header.bytes);
+        }
+    }
+    groups.push(&entries[first..]);
+    groups
+}
+
+/// What one field's value turned out to be.
+enum Value {
+    Spans(Chunk),
+    /// Another flusher took it.
+    Gone,
+    /// Of a build that knows more than this one.
+    Unknown,
+    Corrupt,
+}
+
+/// Sorts the answers of one trace; takes as many as its part of the commands has.
+fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
+    let (mut segments, mut given_up) = (Vec::new(), Vec::new());
+    for mut segment in std::mem::take(&mut look.flush) {
+        let counts: Vec<usize> = groups(&segment.entries)
+            .into_iter()
+            .map(<[Entry]>::len)
+            .collect();
+        let answered: Vec<Option<Vec<store::client::Value>>> = counts
+            .iter()
+            .map(|&count| values(&look.due, answers.next(), count))
+            .collect();
+        if answered.iter().any(Option::is_none) {
+            // Nothing of it was taken: it stays, and its lifted score brings it back.
+            continue;
+        }
+        let (mut entries, mut chunks, mut damaged, mut unknown) =
+            (Vec::new(), Vec::new(), Vec::new(), false);
+        for (entry, value) in segment
+            .entries
+            .into_iter()
+            .zip(answered.into_iter().flatten().flatten())
+        {
+            match read(&look.due, &value, entry.header.bytes) {
+                Value::Spans(chunk) if chunk.len() == entry.header.spans.len() => {
+                    entries.push(entry);
+                    chunks.push(chunk);
+                }
+                Value::Spans(_) | Value::Corrupt => damaged.push(entry),
+                Value::Gone => {}
+                Value::Unknown => unknown = true,
+            }
+        }
+        if unknown {
+            // All of it waits for a build that can read it: what a replay wrote twice must not go out twice.
+            let again = look.due.now.after(UNKNOWN_AGAIN);
+            look.next_look = Some(
+                look.next_look
+                    .map_or(again, |next_look| next_look.min(again)),
+            );
+            continue;
+        }
+        let mut counted: HashSet<u64> = entries.iter().flat_map(offsets).collect();
+        for entry in damaged {
+            // A span that lies in another entry as well is counted there.
+            let lost = offsets(&entry)
+                .filter(|&offset| counted.insert(offset))
+                .count();
+            given_up.push(corrupt(&look.due, entry.field, lost));
+        }
+        if !entries.is_empty() {
+            segment.entries = entries;
+            segments.push(LoadedSegment { segment, chunks });
+        }
+    }
+    for field in std::mem::take(&mut look.damaged) {
+        let Some(value) = values(&look.due, answers.next(), 1).and_then(|mut values| values.pop())
+        else {
+            continue;
+        };
+        // How many spans it held is known from its chunk, or not at all: then they turn up as expired.
+        let spans = match read(&look.due, &value, UNTOLD_BYTES) {
+            Value::Spans(chunk) => chunk.len(),
+            Value::Gone | Value::Unknown | Value::Corrupt => 0,
+        };
+        given_up.push(corrupt(&look.due, field, spans));
+    }
+    Loaded {
+        look,
+        segments,
+        given_up,
+    }
+}
+
+fn offsets(entry: &Entry) -> impl Iterator<Item = u64> {
+    entry.header.spans.iter().map(|span| span.offset)
+}
+
+fn values(due: &Due, answer: Option<Answer>, count: usize) -> Option<Vec<store::client::Value>> {
+    match answer? {
+        Ok(store::client::Value::Array(values)) if values.len() == count => Some(values),
+        Ok(_) => {
+            error!(
+                "load segment shard={} member={}: reply is no list of fields={count} (check redis version)",
+                due.bucket.shard, due.member
+            );
+            None
+        }
+        Err(refusal) => {
+            error!(
+                "load segment shard={} member={}: {refusal}",
+                due.bucket.shard, due.member
+            );
+            None
+        }
+    }
+}
+
+fn read(due: &Due, value: &store::client::Value, bytes_max: u64) -> Value {
+    let Some(bytes) = reply::bytes(value) else {
+        return Value::Gone;
+    };
+    match chunk::decode(bytes, bytes_max) {
+        Ok(chunk) => Value::Spans(chunk),
+        Err(error @ (ChunkError::UnknownCodec(_) | ChunkError::UnknownDictionary(_))) => {
+            error!(
+                "load entry shard={} member={}: {error} (is a newer build at work?)",
+                due.bucket.shard, due.member
+            );
+            Value::Unknown
+        }
+        Err(error) => {
+            warn!(
+                "load entry shard={} member={}: {error}",
+                due.bucket.shard, due.member
+            );
+            Value::Corrupt
+        }
+    }
+}
+
+fn corrupt(due: &Due, field: Vec<u8>, spans: usize) -> FieldOut {
+    error!(
+        "dropped spans={spans} shard={} member={} reason=corrupt: an entry does not decode",
+        due.bucket.shard, due.member
+    );
+    FieldOut {
+        field,
+        produced: 0,
+        repeats: 0,
+        dropped: vec![("corrupt", u64::try_from(spans).unwrap_or(u64::MAX))],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::{
+        ids::{OrganizationId, SpanId},
+        time::UnixMillis,
+    };
+    use store::entry::EntryHeader;
+
+    use super::*;
+
+    #[test]
+    fn groups_hold_every_entry_once_and_fit_into_a_reply() {
+        let entry = |bytes| Entry {
+            field: Vec::new(),
+            header: EntryHeader {
+                has_root: false,
+                organization: OrganizationId(1),
+                arrival: UnixMillis(1),
+                top: SpanId::Hex(1),
+                spans: Vec::new(),
+                bytes,
+            },
+        };
+        let entries: Vec<Entry> = [3 << 20, 4 << 20, 2 << 20, 20 << 20, 1, 1]
+            .map(entry)
+            .into();
+        let sizes: Vec<Vec<u64>> = groups(&entries)
+            .into_iter()
+            .map(|group| group.iter().map(|entry| entry.header.bytes >> 20).collect())
+            .collect();
+        assert_eq!(sizes, [vec![3, 4], vec![2], vec![20], vec![0, 0]]);
+    }
+}

@@ -1,0 +1,370 @@
+//! Builds the messages of loaded segments, sends them, and waits for Kafka's word on each.
+//!
+//! In:     loaded segments.
+//! Out:    `Produced`: for each trace, the fields whose every span is acknowledged or a counted outcome.
+//! Keeps:  a segment with a part that nobody acknowledged is named nowhere: it stays in Redis, whole.
+//! Knows:  topics, headers, what the broker never takes. Not Redis.
+//! Source: docs/spec.md 5.2–5.4.
+
+use log::{error, warn};
+use shared::config::{Config, MessageKey};
+use store::scripts::FieldOut;
+
+use super::{
+    choose::Look,
+    due::Due,
+    load::{Loaded, LoadedSegment},
+    message::{Built, LoadedEntry, Part, build},
+};
+use crate::{
+    beat::Beat,
+    deliver::{Deliverer, Fault, Outgoing},
+};
+
+/// What of one trace may leave Redis. Only `clear` takes it, and it is made here only.
+#[derive(Debug)]
+pub struct Produced {
+    /// The trace, its next look included.
+    look: Look,
+    /// What leaves, counted.
+    fields: Vec<FieldOut>,
+    /// A message that the broker never takes stays: the trace is put off.
+    put_off: bool,
+}
+
+impl Produced {
+    /// The trace, what leaves of it, and whether it is to be put off.
+    #[must_use]
+    pub fn into_parts(self) -> (Look, Vec<FieldOut>, bool) {
+        (self.look, self.fields, self.put_off)
+    }
+}
+
+/// The output topics.
+#[derive(Debug)]
+pub struct Output {
+    deliverer: Deliverer,
+    topics: Vec<String>,
+    next_topic: usize,
+    dlq: Option<String>,
+    key: MessageKey,
+    segment_bytes_max: u64,
+}
+
+/// One message on its way, and the segment that it is of.
+struct Sending {
+    place: (usize, usize),
+    part: Part,
+    topic: String,
+    key: Option<Vec<u8>>,
+    headers: Vec<(&'static str, Vec<u8>)>,
+}
+
+/// What became of one message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Acknowledged,
+    /// In the dead-letter topic: the broker never takes it.
+    TooLarge,
+    /// The broker never takes it, and there is nowhere else.
+    Nowhere,
+    /// Not acknowledged; it may or may not have been written.
+    Open,
+}
+
+impl Output {
+    /// Takes a producer; `dlq` is none where there is no such topic.
+    #[must_use]
+    pub fn new(
+        config: &Config,
+        deliverer: Deliverer,
+        dlq: Option<String>,
+        segment_bytes_max: u64,
+    ) -> Self {
+        let topics = config.kafka.output_topics.clone();
+        Self {
+            deliverer,
+            topics,
+            next_topic: 0,
+            dlq,
+            key: config.kafka.key,
+            segment_bytes_max,
+        }
+    }
+
+    /// Produces all loaded segments.
+    pub fn produce(&mut self, loaded: Vec<Loaded>, beat: &mut Beat) -> Vec<Produced> {
+        let built: Vec<Vec<Built>> = loaded.iter().map(|trace| self.build(trace)).collect();
+        let mut counts = Vec::with_capacity(built.len());
+        let mut sendings = Vec::new();
+        for (trace, (loaded, built)) in loaded.iter().zip(built).enumerate() {
+            let mut of_trace = Vec::with_capacity(built.len());
+            for (segment, Built { parts, per_field }) in built.into_iter().enumerate() {
+                self.address(
+                    &loaded.look.due,
+                    &loaded.segments[segment],
+                    (trace, segment),
+                    parts,
+                    &mut sendings,
+                );
+                of_trace.push(per_field);
+            }
+            counts.push(of_trace);
+        }
+        beat.cells()
+            .in_flight(u64::try_from(sendings.len()).unwrap_or(u64::MAX));
+        let outcomes = self.send(&sendings, beat);
+        beat.cells().in_flight(0);
+
+        let mut traces: Vec<Produced> = Vec::with_capacity(loaded.len());
+        let mut answered = sendings.iter().zip(outcomes).peekable();
+        for (
+            trace,
+            Loaded {
+                look,
+                segments,
+                given_up,
+            },
+        ) in loaded.into_iter().enumerate()
+        {
+            let mut produced = Produced {
+                look,
+                fields: given_up,
+                put_off: false,
+            };
+            for (index, LoadedSegment { segment, .. }) in segments.into_iter().enumerate() {
+                let mut outs: Vec<FieldOut> = segment
+                    .entries
+                    .into_iter()
+                    .zip(&counts[trace][index])
+                    .map(|(entry, count)| FieldOut {
+                        field: entry.field,
+                        produced: count.produced,
+                        repeats: count.repeats,
+                        dropped: Vec::new(),
+                    })
+                    .collect();
+                let mut whole = true;
+                while let Some((sending, outcome)) =
+                    answered.next_if(|(sending, _)| sending.place == (trace, index))
+                {
+                    match outcome {
+                        Outcome::Acknowledged => {}
+                        Outcome::TooLarge => drop_part(&sending.part, &mut outs),
+                        Outcome::Open => whole = false,
+                        Outcome::Nowhere => (whole, produced.put_off) = (false, true),
+                    }
+                }
+                if whole {
+                    produced.fields.append(&mut outs);
+                }
+            }
+            traces.push(produced);
+        }
+        traces
+    }
+
+    fn build(&self, trace: &Loaded) -> Vec<Built> {
+        let due = &trace.look.due;
+        let build = |loaded: &LoadedSegment| {
+            let entries: Vec<LoadedEntry<'_>> = loaded
+                .segment
+                .entries
+                .iter()
+                .zip(&loaded.chunks)
+                .map(|(entry, chunk)| LoadedEntry {
+                    header: &entry.header,
+                    chunk,
+                })
+                .collect();
+            build(
+                due.bucket.shard,
+                &due.member,
+                &loaded.segment.id,
+                &entries,
+                self.segment_bytes_max,
+            )
+        };
+        trace.segments.iter().map(build).collect()
+    }
+
+    /// Gives every part of a segment the same topic, and its headers.
+    fn address(
+        &mut self,
+        due: &Due,
+        loaded: &LoadedSegment,
+        place: (usize, usize),
+        parts: Vec<Part>,
+        sendings: &mut Vec<Sending>,
+    ) {
+        let segment = &loaded.segment;
+        let topic = self
+            .topics
+            .get(self.next_topic)
+            .cloned()
+            .unwrap_or_default();
+        self.next_topic = (self.next_topic + 1) % self.topics.len().max(1);
+        let key = match self.key {
+            MessageKey::None => None,
+            MessageKey::Trace => Some(due.member.trace().to_vec()),
+        };
+        let reason = segment.due.map_or("", |reason| reason.as_str());
+        for part in parts {
+            let headers = vec![
+                ("flush_id", part.flush_id.clone().into_bytes()),
+                ("part", part.part.to_string().into_bytes()),
+                ("parts", part.parts.to_string().into_bytes()),
+                ("reason", reason.as_bytes().to_vec()),
+                ("has_root", segment.has_root.to_string().into_bytes()),
+                ("spans", part.spans.to_string().into_bytes()),
+            ];
+            sendings.push(Sending {
+                place,
+                part,
+                topic: topic.clone(),
+                key: key.clone(),
+                headers,
+            });
+        }
+    }
+
+    fn send(&mut self, sendings: &[Sending], beat: &mut Beat) -> Vec<Outcome> {
+        let messages: Vec<Outgoing<'_>> = sendings
+            .iter()
+            .map(|sending| outgoing(sending, &sending.topic))
+            .collect();
+        let answers = self.deliver(&messages, beat);
+        let mut outcomes = Vec::with_capacity(answers.len());
+        let mut open: Option<(usize, Fault)> = None;
+        for (sending, answer) in sendings.iter().zip(answers) {
+            outcomes.push(match answer {
+                Ok(()) => Outcome::Acknowledged,
+                Err(Fault::TooLarge) => self.send_large(sending, beat),
+                Err(fault) => {
+                    open = Some((open.map_or(0, |(count, _)| count) + 1, fault));
+                    Outcome::Open
+                }
+            });
+        }
+        if let Some((count, fault)) = open {
+            warn!(
+                "deliver segments messages={count}: {fault}; they stay, and are sent again at later looks"
+            );
+        }
+        outcomes
+    }
+
+    /// A message that the broker found too large: alone once more, since a batch is refused as a whole; then to the dead-letter topic.
+    fn send_large(&mut self, sending: &Sending, beat: &mut Beat) -> Outcome {
+        match self.deliver_one(outgoing(sending, &sending.topic), beat) {
+            Ok(()) => return Outcome::Acknowledged,
+            Err(Fault::TooLarge) => {}
+            Err(_) => return Outcome::Open,
+        }
+        let bytes = sending.part.payload.len();
+        let Some(dlq) = self.dlq.clone() else {
+            error!(
+                "message flush_id={} bytes={bytes} is too large for topic={} and there is no dead-letter topic: it stays (raise max.message.bytes, or create kafka.output_dlq)",
+                sending.part.flush_id, sending.topic
+            );
+            return Outcome::Nowhere;
+        };
+        let mut message = outgoing(sending, &dlq);
+        message
+            .headers
+            .push(("source_topic", sending.topic.as_bytes().to_vec()));
+        message.headers.push(("dropped", b"too_large".to_vec()));
+        match self.deliver_one(message, beat) {
+            Ok(()) => {
+                error!(
+                    "dropped spans={} flush_id={} bytes={bytes} reason=too_large: they are in topic={dlq} (raise max.message.bytes of {})",
+                    sending.part.spans, sending.part.flush_id, sending.topic
+                );
+                Outcome::TooLarge
+            }
+            Err(Fault::TooLarge) => {
+                error!(
+                    "message flush_id={} bytes={bytes} is too large for topic={} and for topic={dlq}: it stays (raise max.message.bytes)",
+                    sending.part.flush_id, sending.topic
+                );
+                Outcome::Nowhere
+            }
+            Err(_) => Outcome::Open,
+        }
+    }
+
+    fn deliver_one(&mut self, message: Outgoing<'_>, beat: &mut Beat) -> Result<(), Fault> {
+        self.deliver(&[message], beat)
+            .pop()
+            .unwrap_or(Err(Fault::Silent))
+    }
+
+    fn deliver(&mut self, messages: &[Outgoing<'_>], beat: &mut Beat) -> Vec<Result<(), Fault>> {
+        if messages.is_empty() {
+            Vec::new()
+        } else {
+            self.deliverer.deliver(messages, beat)
+        }
+    }
+}
+
+fn outgoing<'m>(sending: &'m Sending, topic: &'m str) -> Outgoing<'m> {
+    Outgoing {
+        topic,
+        key: sending.key.as_deref(),
+        payload: Some(&sending.part.payload),
+        headers: sending.headers.clone(),
+    }
+}
+
+/// Counts the spans of a part as dropped, field by field, and no longer as produced.
+fn drop_part(part: &Part, outs: &mut [FieldOut]) {
+    for &(field, spans) in &part.fields {
+        let Some(out) = outs.get_mut(field) else {
+            continue;
+        };
+        out.produced = out.produced.saturating_sub(spans);
+        match out
+            .dropped
+            .iter_mut()
+            .find(|(reason, _)| *reason == "too_large")
+        {
+            Some((_, dropped)) => *dropped += spans,
+            None => out.dropped.push(("too_large", spans)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_of_a_part_that_is_given_up_are_counted_once() {
+        let out = |produced| FieldOut {
+            field: Vec::new(),
+            produced,
+            repeats: 0,
+            dropped: Vec::new(),
+        };
+        let mut outs = vec![out(5), out(3)];
+        let part = |fields: Vec<(usize, u64)>| Part {
+            payload: Vec::new(),
+            flush_id: String::new(),
+            part: 1,
+            parts: 2,
+            spans: 0,
+            fields,
+        };
+        drop_part(&part(vec![(0, 2)]), &mut outs);
+        drop_part(&part(vec![(0, 3), (1, 1), (9, 1)]), &mut outs);
+        assert_eq!(
+            (outs[0].produced, &outs[0].dropped[..]),
+            (0, &[("too_large", 5)][..])
+        );
+        assert_eq!(
+            (outs[1].produced, &outs[1].dropped[..]),
+            (2, &[("too_large", 1)][..])
+        );
+    }
+}

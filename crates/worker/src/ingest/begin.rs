@@ -1,0 +1,250 @@
+//! Begins the role: the store and Kafka are there and are what they should be, and every shard has its place.
+//!
+//! In:     the launch record; positions, committed offsets, what Kafka holds.
+//! Out:    `Ingest`, reading, with all intake paused.
+//! Keeps:  what is away is waited for; only a refusal ends the worker; a gap is reported with its count.
+//! Knows:  the order of a start. What decides a place is in `start`.
+//! Source: docs/spec.md 7.4, 9.1; docs/store.md 2, 6.
+
+use std::collections::BTreeMap;
+
+use log::{error, info, warn};
+use shared::{
+    board::Board,
+    config::Config,
+    launch::Launch,
+    shard::{BucketId, ShardId, ShardList},
+    time::{Clock, MonoNanos, UnixMillis},
+};
+use store::{
+    client::{Client, Command, Meta},
+    keys::Bucket,
+};
+
+use super::{
+    Ingest, Shard,
+    clock::InputClock,
+    commit::Commits,
+    consume::{ConsumeError, Input, committed_of_group},
+    dlq::DeadLetters,
+    insert::Store,
+    intake::Intake,
+    start::{Known, Source, Start, start},
+};
+use crate::{
+    Ended,
+    ask::ask,
+    beat::{Beat, Reason},
+    checks,
+};
+
+/// Where a shard begins, and at what time.
+#[derive(Debug)]
+pub(super) struct Begun {
+    start: Start,
+    /// Nobody committed anything for this shard yet.
+    uncommitted: bool,
+    /// The lowest time in its positions.
+    pub(super) clock: Option<UnixMillis>,
+}
+
+/// Makes the role ready: waits for Redis and Kafka, finds each shard's place, assigns all of them, paused.
+pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Ingest, Ended> {
+    let config = launch.config.clone();
+    let (client, meta) = open_store(&config, &launch.shards, &mut beat)?;
+    let mut store = Store::new(client, meta.instance, &config.redis, &config.buffer);
+    let mut input = Input::new(&config.kafka, config.intake.batch_bytes)?;
+    prove(&input, launch, &mut beat)?;
+    let dead_letters = DeadLetters::new(&config.kafka)?;
+
+    let begun = locate(&config, &launch.shards, &mut input, &mut store, &mut beat)?;
+    let mut shards = BTreeMap::new();
+    for (&shard, begun) in &begun {
+        let (Some(published), Some(ledger)) = (board.clock_writer(shard), board.ledger(shard))
+        else {
+            continue;
+        };
+        // The clock is kept over a respawn, with all that it may have run to: what a flusher has read is not taken back.
+        let kept = board
+            .clock(shard)
+            .map(|clock| clock.read(MonoNanos(u64::MAX)));
+        let mut shard_begun = Shard {
+            clock: InputClock::new(kept.max(begun.clock)),
+            published,
+            ledger,
+        };
+        let standing = shard_begun.clock.freeze(Clock::mono_now());
+        shard_begun.publish(standing);
+        shards.insert(shard, shard_begun);
+    }
+    let mut commits = Commits::default();
+    read_from(&begun, &mut input, &mut commits, &mut beat)?;
+    pause_all(&mut input, &launch.shards, &mut beat)?;
+    let intake = Intake::new(
+        &launch.shards,
+        &config.supervision.shards,
+        launch.flush_workers,
+    );
+    let now = Clock::mono_now();
+    Ok(Ingest {
+        config,
+        board: board.clone(),
+        beat,
+        input,
+        store,
+        dead_letters,
+        commits,
+        intake,
+        shards,
+        watched: now,
+        renewed: now,
+    })
+}
+
+/// Waits until the store can be used; gives the client and the store's description.
+fn open_store(
+    config: &Config,
+    shards: &ShardList,
+    beat: &mut Beat,
+) -> Result<(Client, Meta), Ended> {
+    let mut client = Client::new(&config.redis)?;
+    let meta = checks::wait_for_store(&mut client, config.redis.buckets, shards, beat)?;
+    Ok((client, meta))
+}
+
+/// Waits for the topics; a topic or partition that is not there is refused.
+fn prove(input: &Input, launch: &Launch, beat: &mut Beat) -> Result<(), Ended> {
+    let partitions = until_answered(beat, "find input topic", || input.prove(&launch.shards))?;
+    if let Some(topic) = &launch.config.kafka.input_dlq {
+        until_answered(beat, "find dead-letter topic", || {
+            input.prove_topic(topic, "kafka.input_dlq")
+        })?;
+    }
+    let all = &launch.config.supervision.shards;
+    let outside = (0..partitions)
+        .filter(|&partition| {
+            !all.iter()
+                .any(|shard| usize::try_from(shard.0) == Ok(partition))
+        })
+        .count();
+    if outside > 0 {
+        warn!(
+            "topic={} has partitions={partitions}, of which {outside} are not in --shards {all}: nobody reads them here",
+            input.topic()
+        );
+    }
+    Ok(())
+}
+
+/// Finds where each of these shards begins.
+pub(super) fn locate(
+    config: &Config,
+    shards: &ShardList,
+    input: &mut Input,
+    store: &mut Store,
+    beat: &mut Beat,
+) -> Result<BTreeMap<ShardId, Begun>, Ended> {
+    let committed = until_answered(beat, "read committed offsets", || input.committed(shards))?;
+    let taken_over = match &config.kafka.start_group {
+        Some(group) => until_answered(beat, "read offsets of the group to take over from", || {
+            committed_of_group(&config.kafka, group, shards)
+        })?,
+        None => BTreeMap::new(),
+    };
+    let mut begun = BTreeMap::new();
+    for shard in shards.iter() {
+        let (positions, clock) = store.adopt(shard, beat)?;
+        let extent = until_answered(beat, "read watermarks", || input.extent(shard))?;
+        let known = Known {
+            positions,
+            committed: committed.get(&shard).cloned(),
+            taken_over: taken_over.get(&shard).map(|committed| committed.offset),
+            extent,
+        };
+        let start = start(shard, &known, config.kafka.offset_reset)?;
+        report(shard, &start, store, beat)?;
+        begun.insert(
+            shard,
+            Begun {
+                start,
+                uncommitted: known.committed.is_none(),
+                clock,
+            },
+        );
+    }
+    Ok(begun)
+}
+
+/// Says where a shard begins, and counts what is gone before it.
+fn report(shard: ShardId, start: &Start, store: &mut Store, beat: &mut Beat) -> Result<(), Ended> {
+    let Start {
+        offset,
+        source,
+        missing,
+    } = *start;
+    info!("begin shard={shard} offset={offset} by={source}");
+    if missing == 0 {
+        return Ok(());
+    }
+    error!(
+        "messages={missing} of shard={shard} before offset={offset} are gone from the input topic, reason=offset_out_of_range (check its retention)"
+    );
+    let bucket = Bucket {
+        shard,
+        bucket: BucketId(0),
+    };
+    for refusal in ask(
+        store.client(),
+        beat,
+        "count missing messages",
+        vec![Command::add_to_sum(bucket, "offset_out_of_range", missing)],
+    )?
+    .into_iter()
+    .filter_map(Result::err)
+    {
+        error!("count missing messages shard={shard}: {refusal}");
+    }
+    Ok(())
+}
+
+/// Begins to read; a shard that nobody committed anything for gets its floor at once.
+pub(super) fn read_from(
+    begun: &BTreeMap<ShardId, Begun>,
+    input: &mut Input,
+    commits: &mut Commits,
+    beat: &mut Beat,
+) -> Result<(), Ended> {
+    let starts: BTreeMap<ShardId, u64> = begun
+        .iter()
+        .map(|(&shard, begun)| (shard, begun.start.offset))
+        .collect();
+    let new = begun
+        .iter()
+        .filter(|(_, begun)| begun.uncommitted && begun.start.source != Source::Position);
+    commits.add_floors(new.map(|(&shard, begun)| (shard, begun.start.offset)));
+    until_answered(beat, "assign partitions", || input.begin(&starts))
+}
+
+fn pause_all(input: &mut Input, shards: &ShardList, beat: &mut Beat) -> Result<(), Ended> {
+    until_answered(beat, "pause partitions", || {
+        input.pause(shards.as_slice(), true)
+    })
+}
+
+/// Asks Kafka until it answers; a refusal ends the worker.
+fn until_answered<T>(
+    beat: &mut Beat,
+    attempt: &str,
+    mut ask: impl FnMut() -> Result<T, ConsumeError>,
+) -> Result<T, Ended> {
+    loop {
+        match ask() {
+            Ok(answer) => {
+                beat.worked(Reason::Kafka);
+                return Ok(answer);
+            }
+            Err(error) if error.is_outage() => beat.failed(Reason::Kafka, attempt, &error)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

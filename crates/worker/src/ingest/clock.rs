@@ -1,0 +1,418 @@
+//! A shard's clock: the time of its input, as far as it is written.
+//!
+//! In:     the times of messages, the ends of partitions, CLOCK_MONOTONIC as an argument.
+//! Out:    `now` of each batch; `Shown`, what the board tells the readers.
+//! Keeps:  what a reader computes never goes back but by `rewind`; the `now` of a batch is not below what any reader could have seen.
+//! Knows:  time only as arguments. Pure.
+//! Source: docs/spec.md 2.6.
+
+use std::time::Duration;
+
+use shared::time::{MonoNanos, UnixMillis};
+
+/// How long what the broker said of the end speaks, how far a clock runs ahead of its last turn, and how far it is moved on by time
+/// alone: docs/spec.md 2.6.
+const REACH: Duration = Duration::from_secs(2);
+
+/// The time of a message: Kafka's, or the wall clock when there is none or it lies ahead.
+#[must_use]
+pub fn message_time(kafka: Option<UnixMillis>, wall_now: UnixMillis) -> UnixMillis {
+    kafka.map_or(wall_now, |time| time.min(wall_now))
+}
+
+/// What the board tells of a clock: its value at one moment, and up to which moment it runs with CLOCK_MONOTONIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shown {
+    /// The value at `at`.
+    pub clock: UnixMillis,
+    /// The moment of it.
+    pub at: MonoNanos,
+    /// Where it stops; the same moment when it stands.
+    pub until: MonoNanos,
+}
+
+impl Shown {
+    fn standing(clock: UnixMillis, at: MonoNanos) -> Self {
+        Self {
+            clock,
+            at,
+            until: at,
+        }
+    }
+
+    /// What a reader makes of it at a moment, in whole milliseconds.
+    #[must_use]
+    pub fn read(&self, mono: MonoNanos) -> UnixMillis {
+        self.clock.after(mono.min(self.until).since(self.at))
+    }
+
+    /// The most that any reader makes of it, at whatever moment.
+    #[must_use]
+    pub fn furthest(&self) -> UnixMillis {
+        self.read(self.until)
+    }
+
+    fn runs(&self, mono: MonoNanos) -> bool {
+        self.at < self.until && mono <= self.until
+    }
+}
+
+/// A shard's clock, as the worker keeps it that writes the shard.
+#[derive(Debug, Clone)]
+pub struct InputClock {
+    /// What the readers see; none before there is any time.
+    shown: Option<Shown>,
+    /// The `now` of the batch before, and the moment when it was taken.
+    before: Option<(UnixMillis, MonoNanos)>,
+    /// The `now` of a batch that is not written yet.
+    pending: Option<UnixMillis>,
+    /// The latest time that this worker has read.
+    latest: Option<UnixMillis>,
+}
+
+impl InputClock {
+    /// A clock that stands: at the lowest time in the shard's positions, or at nothing.
+    ///
+    /// `start` must not be below what the board showed last, nor below what that may still run to.
+    #[must_use]
+    pub fn new(start: Option<UnixMillis>) -> Self {
+        Self {
+            shown: start.map(|clock| Shown::standing(clock, MonoNanos::default())),
+            before: None,
+            pending: None,
+            latest: None,
+        }
+    }
+
+    /// Its value at a moment; none before there is any time.
+    #[must_use]
+    pub fn now(&self, mono: MonoNanos) -> Option<UnixMillis> {
+        self.shown.map(|shown| shown.read(mono))
+    }
+
+    /// Makes it stand where it has got to: a batch has been taken, or intake pauses. Gives what to show; nothing before there is any
+    /// time.
+    pub fn freeze(&mut self, mono: MonoNanos) -> Option<Shown> {
+        self.shown = self
+            .shown
+            .map(|shown| Shown::standing(shown.read(mono), mono));
+        self.shown
+    }
+
+    /// The `now` of a batch, from the times of all its messages: the smallest that is not below the clock. Where all are below, it is
+    /// that of the batch before, moved on by the time since, at most 2 s; time that the clock has run meanwhile is not added again.
+    ///
+    /// The clock should stand by now: one that runs is taken for the furthest that readers may get to.
+    pub fn batch(&mut self, times: &[UnixMillis], mono: MonoNanos) -> UnixMillis {
+        let clock = self.shown.map(|shown| shown.furthest());
+        let ahead = times.iter().copied().filter(|&time| Some(time) >= clock);
+        let now = ahead.min().unwrap_or_else(|| self.moved_on(clock, mono));
+        self.before = Some((now, mono));
+        self.pending = Some(now);
+        self.latest = self.latest.max(times.iter().copied().max());
+        now
+    }
+
+    /// Sets it to the `now` of the batch, standing: all writes of that batch were acknowledged. Without a batch it stands where it is.
+    pub fn written(&mut self, mono: MonoNanos) -> Shown {
+        let reached = self.now(mono).unwrap_or_default();
+        let clock = self.pending.take().map_or(reached, |now| now.max(reached));
+        let shown = Shown::standing(clock, mono);
+        self.shown = Some(shown);
+        shown
+    }
+
+    /// Lets it run until 2 s from now: there is no more input, as the broker confirmed at a moment within the last 2 s. One that stood
+    /// goes up first, to the latest time read, or to the wall clock if this worker has read nothing. Gives what to show; nothing when
+    /// the end is not known, or a batch is not written: it stops by itself then.
+    pub fn at_end(
+        &mut self,
+        confirmed: MonoNanos,
+        mono: MonoNanos,
+        wall_now: UnixMillis,
+    ) -> Option<Shown> {
+        if mono.since(confirmed) > REACH || self.pending.is_some() {
+            return None;
+        }
+        let until = mono.after(REACH);
+        let shown = match self.shown {
+            // Its value and moment are kept: taken anew each turn, it would lose part of a millisecond each time.
+            Some(shown) if shown.runs(mono) => Shown { until, ..shown },
+            _ => {
+                let goal = self.latest.unwrap_or(wall_now);
+                let clock = self.now(mono).map_or(goal, |reached| reached.max(goal));
+                Shown {
+                    clock,
+                    at: mono,
+                    until,
+                }
+            }
+        };
+        self.shown = Some(shown);
+        Some(shown)
+    }
+
+    /// Sets it back to where the shard's positions stand, as at a start: the one way back. Gives what to show; none is *unknown*.
+    pub fn rewind(&mut self, to: Option<UnixMillis>, mono: MonoNanos) -> Option<Shown> {
+        *self = Self::new(to);
+        self.freeze(mono)
+    }
+
+    fn moved_on(&self, clock: Option<UnixMillis>, mono: MonoNanos) -> UnixMillis {
+        let moved = self
+            .before
+            .map(|(now, at)| now.after(mono.since(at).min(REACH)));
+        clock.max(moved).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, option, prelude::*};
+
+    use super::*;
+
+    fn ms(mono: u64) -> MonoNanos {
+        MonoNanos(mono * 1_000_000)
+    }
+
+    fn unix(times: &[u64]) -> Vec<UnixMillis> {
+        times.iter().copied().map(UnixMillis).collect()
+    }
+
+    fn shown(clock: u64, at: u64, until: u64) -> Shown {
+        Shown {
+            clock: UnixMillis(clock),
+            at: ms(at),
+            until: ms(until),
+        }
+    }
+
+    #[test]
+    fn a_message_without_a_time_or_ahead_of_it_has_the_wall_clock() {
+        let wall_now = UnixMillis(100);
+        assert_eq!(message_time(None, wall_now), wall_now);
+        assert_eq!(message_time(Some(UnixMillis(101)), wall_now), wall_now);
+        assert_eq!(message_time(Some(UnixMillis(7)), wall_now), UnixMillis(7));
+    }
+
+    #[test]
+    fn now_is_the_smallest_time_that_is_not_below_the_clock() {
+        let mut clock = InputClock::new(None);
+        assert_eq!(clock.freeze(ms(0)), None);
+        assert_eq!(clock.batch(&unix(&[50, 40, 60]), ms(0)), UnixMillis(40));
+        assert_eq!(clock.now(ms(5)), None);
+        assert_eq!(clock.written(ms(5)), shown(40, 5, 5));
+        assert_eq!(clock.batch(&unix(&[90, 39, 40, 41]), ms(6)), UnixMillis(40));
+        assert_eq!(clock.written(ms(7)), shown(40, 7, 7));
+        assert_eq!(clock.batch(&unix(&[30, 70, 80]), ms(8)), UnixMillis(70));
+        assert_eq!(clock.written(ms(9)), shown(70, 9, 9));
+        // It stands, whatever the time.
+        assert_eq!(clock.now(ms(1_000_000)), Some(UnixMillis(70)));
+    }
+
+    #[test]
+    fn where_all_times_are_below_it_moves_on_with_time_by_two_seconds_at_most() {
+        let mut clock = InputClock::new(Some(UnixMillis(100)));
+        assert_eq!(clock.batch(&unix(&[5]), ms(1000)), UnixMillis(100));
+        clock.written(ms(1010));
+        assert_eq!(clock.batch(&unix(&[5, 6]), ms(1300)), UnixMillis(400));
+        clock.written(ms(1310));
+        assert_eq!(clock.batch(&unix(&[399]), ms(60_000)), UnixMillis(2400));
+        // A batch that is not written moves the next one on all the same.
+        assert_eq!(clock.batch(&unix(&[1]), ms(60_001)), UnixMillis(2401));
+    }
+
+    #[test]
+    fn time_that_it_ran_is_not_added_again() {
+        let mut clock = InputClock::new(None);
+        clock.batch(&unix(&[1000]), ms(0));
+        clock.written(ms(10));
+        // Each message is a little late: behind what the clock has run to. Two minutes of that, a message a second.
+        for second in 1..=120 {
+            let mono = second * 1000;
+            for turn in (mono - 990..mono).step_by(10) {
+                clock
+                    .at_end(ms(turn), ms(turn), UnixMillis(9_999_999))
+                    .unwrap();
+            }
+            clock.freeze(ms(mono));
+            clock.batch(&unix(&[1000 + mono - 50]), ms(mono));
+            clock.written(ms(mono + 10));
+        }
+        let ahead = clock.now(ms(120_010)).unwrap().0 - 121_000;
+        assert!(ahead <= 10, "{ahead} ms ahead of its input");
+    }
+
+    #[test]
+    fn at_the_end_it_goes_up_to_the_latest_time_and_runs() {
+        let mut clock = InputClock::new(None);
+        clock.batch(&unix(&[50, 90, 60]), ms(0));
+        assert_eq!(
+            clock.at_end(ms(1), ms(1), UnixMillis(500)),
+            None,
+            "a batch is not written"
+        );
+        clock.written(ms(10));
+        assert_eq!(
+            clock.at_end(ms(15), ms(20), UnixMillis(500)),
+            Some(shown(90, 20, 2020))
+        );
+        assert_eq!(clock.now(ms(30)), Some(UnixMillis(100)));
+        // Each turn it may run further; nothing else changes.
+        assert_eq!(
+            clock.at_end(ms(15), ms(1015), UnixMillis(500)),
+            Some(shown(90, 20, 3015))
+        );
+        // The broker's word is old.
+        assert_eq!(clock.at_end(ms(15), ms(2016), UnixMillis(500)), None);
+        assert_eq!(clock.now(ms(99_999)), Some(UnixMillis(3085)));
+        // It stood meanwhile, and goes on from there.
+        assert_eq!(
+            clock.at_end(ms(99_999), ms(100_000), UnixMillis(9999)),
+            Some(shown(3085, 100_000, 102_000))
+        );
+        assert_eq!(
+            clock.freeze(ms(100_010)),
+            Some(shown(3095, 100_010, 100_010))
+        );
+        assert_eq!(clock.now(ms(200_000)), Some(UnixMillis(3095)));
+    }
+
+    #[test]
+    fn a_worker_that_has_read_nothing_goes_by_the_wall_clock_once() {
+        let mut clock = InputClock::new(None);
+        assert_eq!(clock.at_end(ms(0), ms(3000), UnixMillis(500)), None);
+        assert_eq!(
+            clock.at_end(ms(3000), ms(3000), UnixMillis(500)),
+            Some(shown(500, 3000, 5000))
+        );
+        // The wall clock is set while it runs: no matter.
+        assert_eq!(
+            clock.at_end(ms(3010), ms(3010), UnixMillis(900_000)),
+            Some(shown(500, 3000, 5010))
+        );
+        let mut ahead = InputClock::new(Some(UnixMillis(700)));
+        assert_eq!(
+            ahead.at_end(ms(0), ms(0), UnixMillis(500)),
+            Some(shown(700, 0, 2000))
+        );
+    }
+
+    #[test]
+    fn short_turns_lose_no_time() {
+        let mut clock = InputClock::new(Some(UnixMillis(0)));
+        for turn in 0..10_000 {
+            let mono = MonoNanos(turn * 999_999);
+            clock.at_end(mono, mono, UnixMillis(0)).unwrap();
+        }
+        assert_eq!(
+            clock.now(MonoNanos(9_999 * 999_999)),
+            Some(UnixMillis(9_998))
+        );
+    }
+
+    #[test]
+    fn a_rewind_is_the_way_back() {
+        let mut clock = InputClock::new(None);
+        clock.batch(&unix(&[1000]), ms(0));
+        clock.written(ms(1));
+        clock.batch(&unix(&[2000]), ms(2));
+        assert_eq!(
+            clock.rewind(Some(UnixMillis(300)), ms(3)),
+            Some(shown(300, 3, 3))
+        );
+        assert_eq!(clock.batch(&unix(&[250]), ms(9)), UnixMillis(300));
+        assert_eq!(clock.rewind(None, ms(10)), None);
+        assert_eq!(clock.now(ms(11)), None);
+        assert_eq!(clock.batch(&unix(&[20]), ms(12)), UnixMillis(20));
+    }
+
+    #[test]
+    fn written_without_a_batch_stands_where_it_is() {
+        let mut clock = InputClock::new(Some(UnixMillis(70)));
+        clock.at_end(ms(0), ms(0), UnixMillis(0));
+        assert_eq!(clock.written(ms(5)), shown(75, 5, 5));
+    }
+
+    #[derive(Debug, Clone)]
+    enum Call {
+        Freeze,
+        Batch(Vec<UnixMillis>),
+        Written,
+        AtEnd { age: u64, wall_now: UnixMillis },
+        Rewind(Option<UnixMillis>),
+    }
+
+    fn call() -> impl Strategy<Value = Call> {
+        let time = || (0..20_000_u64).prop_map(UnixMillis);
+        prop_oneof![
+            2 => Just(Call::Freeze),
+            4 => vec(time(), 0..5).prop_map(Call::Batch),
+            4 => Just(Call::Written),
+            6 => (0..2_100_000_000_u64, time()).prop_map(|(age, wall_now)| Call::AtEnd { age, wall_now }),
+            1 => option::of(time()).prop_map(Call::Rewind),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn no_reader_sees_it_go_back(
+            start in option::of((0..20_000_u64).prop_map(UnixMillis)),
+            calls in vec((call(), 0..3_000_000_000_u64, 0..3_000_000_000_u64), 0..60),
+        ) {
+            let mut clock = InputClock::new(start);
+            let mut board = start.map(|clock| Shown::standing(clock, MonoNanos(0)));
+            let mut seen = start.unwrap_or_default();
+            let mut mono = MonoNanos(0);
+            for (call, wait, read) in calls {
+                mono = mono.after(Duration::from_nanos(wait));
+                if let Some(board) = board {
+                    seen = seen.max(board.read(mono));
+                }
+                let now_shown = match call {
+                    Call::Freeze => clock.freeze(mono),
+                    Call::Batch(times) => {
+                        let before = clock.before;
+                        let now = clock.batch(&times, mono);
+                        prop_assert!(now >= seen, "now={now} seen={seen}");
+                        // It never leaves its input behind but by time, or where that is below what readers saw.
+                        let moved = before.map_or(seen, |(now, at)| now.after(mono.since(at).min(REACH)));
+                        let furthest = board.map_or(seen, |board| board.furthest());
+                        prop_assert!(times.contains(&now) || now <= moved.max(furthest));
+                        None
+                    }
+                    Call::Written => {
+                        let pending = clock.pending;
+                        let shown = clock.written(mono);
+                        prop_assert_eq!(shown.at, shown.until);
+                        prop_assert!(pending.is_none_or(|now| now == shown.clock));
+                        Some(shown)
+                    }
+                    Call::AtEnd { age, wall_now } => {
+                        let confirmed = MonoNanos(mono.0.saturating_sub(age));
+                        let shown = clock.at_end(confirmed, mono, wall_now);
+                        prop_assert!(shown.is_none_or(|shown| shown.until == mono.after(REACH)));
+                        shown
+                    }
+                    Call::Rewind(to) => {
+                        board = clock.rewind(to, mono);
+                        seen = to.unwrap_or_default();
+                        board
+                    }
+                };
+                if let Some(shown) = now_shown {
+                    prop_assert!(shown.read(mono) >= seen, "shown={shown:?} seen={seen}");
+                }
+                board = now_shown.or(board);
+                prop_assert_eq!(clock.now(mono), board.map(|board| board.read(mono)));
+                // Readers come at any moment until the next call.
+                let reading = mono.after(Duration::from_nanos(read));
+                if let Some(board) = board.filter(|_| read < wait) {
+                    seen = seen.max(board.read(reading));
+                    mono = reading;
+                }
+            }
+        }
+    }
+}

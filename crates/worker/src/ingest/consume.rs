@@ -1,0 +1,489 @@
+//! The consumer: partitions assigned by hand, records in bounded batches, the end of each partition as the broker tells it.
+//!
+//! In:     the shards, the offset where each begins, which of them are paused.
+//! Out:    `Collected`: records in order, and what was learnt beside them.
+//! Keeps:  polling goes on while partitions are paused; nothing is skipped without being said.
+//! Knows:  rdkafka's consumer. Not what a record means.
+//! Source: docs/spec.md 2.6, 4.1, 6.2, 7.4.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use rdkafka::{
+    Offset, TopicPartitionList,
+    config::ClientConfig,
+    consumer::{BaseConsumer, Consumer},
+    error::{KafkaError, RDKafkaErrorCode},
+    message::{BorrowedMessage, Message},
+};
+use shared::{
+    config::Kafka,
+    shard::{ShardId, ShardList},
+    time::{Clock, MonoNanos, UnixMillis},
+};
+
+use super::{batch::Record, clock::message_time};
+use crate::kafka::{self, ANSWER_TIMEOUT, Context};
+
+/// How often the broker is asked for the ends of the partitions; an answer speaks for 2 s (docs/spec.md 2.6).
+const ENDS_EVERY: Duration = Duration::from_millis(750);
+/// How long that question may take: it stands in the way of the next batch.
+const ENDS_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long it is not asked again after it failed.
+const ENDS_PAUSE: Duration = Duration::from_secs(3);
+
+/// What a call to the consumer may end with.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsumeError {
+    /// A property that librdkafka does not take.
+    #[error("make kafka consumer (check kafka.properties and kafka.consumer)")]
+    Make(#[source] KafkaError),
+    /// The broker did not answer, or not well.
+    #[error("{attempt}")]
+    Ask {
+        /// What was asked, of whom.
+        attempt: String,
+        /// librdkafka's word.
+        source: KafkaError,
+    },
+    /// A topic is not there.
+    #[error("find topic={topic}: it does not exist (create it, or check {key})")]
+    NoTopic {
+        /// The topic.
+        topic: String,
+        /// The key that names it.
+        key: &'static str,
+    },
+    /// The input topic has fewer partitions than there are shards.
+    #[error(
+        "find partition={shard} of topic={topic}: the topic has partitions={partitions} (check --shards)"
+    )]
+    NoPartition {
+        /// The input topic.
+        topic: String,
+        /// The first shard that is missing.
+        shard: ShardId,
+        /// How many partitions there are.
+        partitions: usize,
+    },
+}
+
+impl ConsumeError {
+    /// Whether a later try may go better.
+    #[must_use]
+    pub fn is_outage(&self) -> bool {
+        matches!(self, Self::Ask { .. })
+    }
+}
+
+impl crate::Refusal for ConsumeError {}
+
+/// The consumer and where each of its shards stands.
+pub struct Input {
+    consumer: BaseConsumer<Context>,
+    topic: String,
+    brokers: String,
+    shards: BTreeMap<ShardId, Reading>,
+    ends_asked: Option<MonoNanos>,
+    ends_failed: bool,
+}
+
+impl std::fmt::Debug for Input {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Input")
+            .field("topic", &self.topic)
+            .field("shards", &self.shards)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One shard in the reading.
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    /// The next offset to come.
+    next: u64,
+    /// No record is wanted now.
+    paused: bool,
+    /// When the broker last said that there is nothing behind `next`: the moment before it was asked.
+    at_end: Option<MonoNanos>,
+}
+
+/// First and last offset that a partition holds, the last one exclusive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// The oldest offset that is left.
+    pub low: u64,
+    /// The offset that the next record will get.
+    pub high: u64,
+}
+
+/// A committed offset with what was committed beside it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// The offset.
+    pub offset: u64,
+    /// The metadata, as text.
+    pub metadata: String,
+}
+
+/// Limits of one batch.
+#[derive(Debug, Clone, Copy)]
+pub struct BatchLimits {
+    /// Records.
+    pub spans: usize,
+    /// Bytes of values.
+    pub bytes: u64,
+    /// Time since the first record.
+    pub time: Duration,
+    /// How long to wait for the first record.
+    pub idle: Duration,
+}
+
+/// What one turn of reading gave.
+#[derive(Debug, Default)]
+pub struct Collected<'c> {
+    messages: Vec<BorrowedMessage<'c>>,
+    /// Bytes of all values.
+    pub bytes: u64,
+    /// A partition lost its place: its next offset is no longer there.
+    pub lost_place: bool,
+    /// The broker cannot be reached, or refuses.
+    pub outage: Option<KafkaError>,
+}
+
+impl Input {
+    /// Makes the consumer; no broker is asked.
+    ///
+    /// # Errors
+    /// [`ConsumeError::Make`].
+    pub fn new(kafka: &Kafka, prefetch_bytes: u64) -> Result<Self, ConsumeError> {
+        let consumer = make(&kafka::consumer(kafka, prefetch_bytes))?;
+        Ok(Self {
+            consumer,
+            topic: kafka.input_topic.clone(),
+            brokers: kafka.brokers.clone(),
+            shards: BTreeMap::new(),
+            ends_asked: None,
+            ends_failed: false,
+        })
+    }
+
+    /// The consumer itself, for commits.
+    #[must_use]
+    pub fn consumer(&self) -> &BaseConsumer<Context> {
+        &self.consumer
+    }
+
+    /// The input topic.
+    #[must_use]
+    pub fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    /// Proves that the topic and all partitions exist; gives the number of partitions.
+    ///
+    /// # Errors
+    /// [`ConsumeError::NoTopic`], [`ConsumeError::NoPartition`], or [`ConsumeError::Ask`] when the broker does not answer.
+    pub fn prove(&self, shards: &ShardList) -> Result<usize, ConsumeError> {
+        let there = self.prove_topic(&self.topic, "kafka.input_topic")?;
+        match shards.iter().find(|shard| !there.contains(&shard.0)) {
+            Some(shard) => Err(ConsumeError::NoPartition {
+                topic: self.topic.clone(),
+                shard,
+                partitions: there.len(),
+            }),
+            None => Ok(there.len()),
+        }
+    }
+
+    /// Proves that a topic exists; gives its partitions.
+    ///
+    /// # Errors
+    /// [`ConsumeError::NoTopic`], or [`ConsumeError::Ask`] when the broker does not answer.
+    pub fn prove_topic(&self, topic: &str, key: &'static str) -> Result<Vec<u32>, ConsumeError> {
+        let there = kafka::partitions(self.consumer.client(), topic)
+            .map_err(|source| self.asked("read metadata", source))?;
+        there.ok_or_else(|| ConsumeError::NoTopic {
+            topic: topic.to_owned(),
+            key,
+        })
+    }
+
+    /// The offsets that this consumer's group committed.
+    ///
+    /// # Errors
+    /// [`ConsumeError::Ask`].
+    pub fn committed(
+        &self,
+        shards: &ShardList,
+    ) -> Result<BTreeMap<ShardId, Committed>, ConsumeError> {
+        let asked = self.list(shards.iter().map(|shard| (shard, Offset::Invalid)))?;
+        let answer = self.consumer.committed_offsets(asked, ANSWER_TIMEOUT);
+        let answer = answer.map_err(|source| self.asked("read committed offsets", source))?;
+        let mut committed = BTreeMap::new();
+        for element in answer.elements() {
+            element
+                .error()
+                .map_err(|source| self.asked("read committed offsets", source))?;
+            if let (Ok(partition), Some(offset)) =
+                (u32::try_from(element.partition()), real(element.offset()))
+            {
+                committed.insert(
+                    ShardId(partition),
+                    Committed {
+                        offset,
+                        metadata: element.metadata().to_owned(),
+                    },
+                );
+            }
+        }
+        Ok(committed)
+    }
+
+    /// What the partition holds.
+    ///
+    /// # Errors
+    /// [`ConsumeError::Ask`].
+    pub fn extent(&self, shard: ShardId) -> Result<Extent, ConsumeError> {
+        let answer =
+            self.consumer
+                .fetch_watermarks(&self.topic, partition_of(shard), ANSWER_TIMEOUT);
+        let (low, high) = answer.map_err(|source| self.asked("read watermarks", source))?;
+        Ok(Extent {
+            low: u64::try_from(low).unwrap_or(0),
+            high: u64::try_from(high).unwrap_or(0),
+        })
+    }
+
+    /// Begins to read every given shard at its offset; what was read ahead is let go. Paused shards stay paused.
+    ///
+    /// # Errors
+    /// [`ConsumeError::Ask`].
+    pub fn begin(&mut self, starts: &BTreeMap<ShardId, u64>) -> Result<(), ConsumeError> {
+        for (&shard, &next) in starts {
+            let paused = self
+                .shards
+                .get(&shard)
+                .is_some_and(|reading| reading.paused);
+            self.shards.insert(
+                shard,
+                Reading {
+                    next,
+                    paused,
+                    at_end: None,
+                },
+            );
+        }
+        let all = self.list(
+            self.shards
+                .iter()
+                .map(|(&shard, reading)| (shard, offset_of(reading.next))),
+        )?;
+        self.consumer
+            .assign(&all)
+            .map_err(|source| self.asked("assign partitions", source))?;
+        let paused = self.shards.iter().filter(|(_, reading)| reading.paused);
+        let paused = self.list(paused.map(|(&shard, _)| (shard, Offset::Invalid)))?;
+        self.consumer
+            .pause(&paused)
+            .map_err(|source| self.asked("pause partitions", source))
+    }
+
+    /// Pauses and resumes shards; polling goes on.
+    ///
+    /// # Errors
+    /// [`ConsumeError::Ask`].
+    pub fn pause(&mut self, shards: &[ShardId], paused: bool) -> Result<(), ConsumeError> {
+        let list = self.list(shards.iter().map(|&shard| (shard, Offset::Invalid)))?;
+        let done = if paused {
+            self.consumer.pause(&list)
+        } else {
+            self.consumer.resume(&list)
+        };
+        done.map_err(|source| self.asked("pause or resume partitions", source))?;
+        for shard in shards {
+            if let Some(reading) = self.shards.get_mut(shard) {
+                reading.paused = paused;
+                reading.at_end = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one batch: until it is full, its time is over, or nothing came.
+    pub fn collect<'c>(&'c self, limits: &BatchLimits) -> Collected<'c> {
+        let mut batch = Collected::default();
+        let mut deadline = Clock::mono_now().after(limits.idle);
+        while batch.messages.len() < limits.spans && batch.bytes < limits.bytes {
+            let left = deadline.since(Clock::mono_now());
+            let first = batch.messages.is_empty();
+            match self.consumer.poll(left) {
+                Some(Ok(message)) => {
+                    if first {
+                        deadline = Clock::mono_now().after(limits.time);
+                    }
+                    batch.bytes += u64::try_from(message.payload_len()).unwrap_or(u64::MAX);
+                    batch.messages.push(message);
+                }
+                Some(Err(KafkaError::PartitionEOF(_))) => {}
+                Some(Err(error)) => {
+                    match error.rdkafka_error_code() {
+                        Some(
+                            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange,
+                        ) => batch.lost_place = true,
+                        _ => batch.outage = Some(error),
+                    }
+                    break;
+                }
+                None if left.is_zero() => break,
+                None => {}
+            }
+        }
+        batch
+    }
+
+    /// Notes how far a batch has read. What the broker said of the end speaks for the offset before.
+    pub fn advance(&mut self, shard: ShardId, next: u64) {
+        if let Some(reading) = self.shards.get_mut(&shard) {
+            reading.next = next;
+            reading.at_end = None;
+        }
+    }
+
+    /// Asks the broker for the ends of all partitions that are not paused, when it is time to; says whether it answered now.
+    ///
+    /// # Errors
+    /// [`ConsumeError::Ask`]: nobody's end is known then, and the clocks stand.
+    pub fn ask_ends(&mut self) -> Result<bool, ConsumeError> {
+        let now = Clock::mono_now();
+        let pause = if self.ends_failed {
+            ENDS_PAUSE
+        } else {
+            ENDS_EVERY
+        };
+        if self
+            .ends_asked
+            .is_some_and(|asked| now.since(asked) < pause)
+        {
+            return Ok(false);
+        }
+        self.ends_asked = Some(now);
+        self.ends_failed = true;
+        let open = self.shards.iter().filter(|(_, reading)| !reading.paused);
+        let asked = self.list(open.map(|(&shard, _)| (shard, Offset::End)))?;
+        if asked.count() == 0 {
+            return Ok(false);
+        }
+        // One request a broker: ListOffsets, with the end in place of a time.
+        let answer = self.consumer.offsets_for_times(asked, ENDS_TIMEOUT);
+        let answer = answer.map_err(|source| self.asked("read ends of partitions", source))?;
+        for element in answer.elements() {
+            let Ok(partition) = u32::try_from(element.partition()) else {
+                continue;
+            };
+            let (Some(reading), Some(end)) = (
+                self.shards.get_mut(&ShardId(partition)),
+                real(element.offset()),
+            ) else {
+                continue;
+            };
+            if element.error().is_ok() && reading.next >= end {
+                reading.at_end = Some(now);
+            }
+        }
+        self.ends_failed = false;
+        Ok(true)
+    }
+
+    /// When the broker last said that a shard is read to its end, if it is not paused.
+    #[must_use]
+    pub fn at_end(&self, shard: ShardId) -> Option<MonoNanos> {
+        self.shards
+            .get(&shard)
+            .filter(|reading| !reading.paused)
+            .and_then(|reading| reading.at_end)
+    }
+
+    fn list(
+        &self,
+        offsets: impl Iterator<Item = (ShardId, Offset)>,
+    ) -> Result<TopicPartitionList, ConsumeError> {
+        let mut list = TopicPartitionList::new();
+        for (shard, offset) in offsets {
+            let added = list.add_partition_offset(&self.topic, partition_of(shard), offset);
+            added.map_err(|source| self.asked("list partitions", source))?;
+        }
+        Ok(list)
+    }
+
+    fn asked(&self, attempt: &'static str, source: KafkaError) -> ConsumeError {
+        ConsumeError::Ask {
+            attempt: format!("{attempt} brokers={} topic={}", self.brokers, self.topic),
+            source,
+        }
+    }
+}
+
+impl Collected<'_> {
+    /// Whether nothing was read.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    /// The records, in order; a time that is missing or ahead of the wall clock is the wall clock.
+    pub fn records(&self, wall_now: UnixMillis) -> impl Iterator<Item = Record<'_>> {
+        self.messages.iter().filter_map(move |message| {
+            // librdkafka gives real partitions and offsets, which are not negative.
+            Some(Record {
+                shard: ShardId(u32::try_from(message.partition()).ok()?),
+                offset: u64::try_from(message.offset()).ok()?,
+                time: message_time(
+                    message
+                        .timestamp()
+                        .to_millis()
+                        .and_then(|time| u64::try_from(time).ok())
+                        .map(UnixMillis),
+                    wall_now,
+                ),
+                payload: message.payload(),
+            })
+        })
+    }
+}
+
+fn make(client: &ClientConfig) -> Result<BaseConsumer<Context>, ConsumeError> {
+    client
+        .create_with_context(Context)
+        .map_err(ConsumeError::Make)
+}
+
+/// The offsets that another consumer's group committed, when taking over from it.
+///
+/// # Errors
+/// [`ConsumeError`].
+pub fn committed_of_group(
+    kafka: &Kafka,
+    group: &str,
+    shards: &ShardList,
+) -> Result<BTreeMap<ShardId, Committed>, ConsumeError> {
+    let mut taken_over = kafka.clone();
+    group.clone_into(&mut taken_over.group);
+    Input::new(&taken_over, 1)?.committed(shards)
+}
+
+/// An offset that is one, not one of librdkafka's words.
+fn real(offset: Offset) -> Option<u64> {
+    match offset {
+        Offset::Offset(offset) => u64::try_from(offset).ok(),
+        _ => None,
+    }
+}
+
+/// Shard lists end far below Kafka's largest partition.
+fn partition_of(shard: ShardId) -> i32 {
+    i32::try_from(shard.0).unwrap_or(i32::MAX)
+}
+
+fn offset_of(next: u64) -> Offset {
+    Offset::Offset(i64::try_from(next).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,569 @@
+//! Writes the entries of a batch into Redis, and then the positions that make them exist.
+//!
+//! In:     the parts of a batch, grouped; `Settled` for its refused messages.
+//! Out:    `Inserted`: the offsets of every shard whose part is wholly in; the shards that have to be read again.
+//! Keeps:  positions are written after every reply of trip 1 was good; until then nothing of the batch exists for a flusher.
+//! Knows:  the store's write side. No Kafka.
+//! Source: docs/store.md 2, 6.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    time::Duration,
+};
+
+use log::{error, warn};
+use shared::{
+    board::Phase,
+    config::{Buffer, Redis},
+    shard::{BucketId, ShardId},
+    time::UnixMillis,
+};
+use store::{
+    chunk::Codec,
+    client::{Client, Command, CommandError, Reply, reply},
+    keys::{Bucket, Member, bucket_of},
+    scripts::{PositionCall, PositionReply},
+};
+
+use super::{
+    batch::Positions,
+    dlq::Settled,
+    group::Subsegment,
+    trip::{JournalWrite, Trip},
+};
+use crate::{
+    Ended,
+    ask::ask,
+    beat::{Beat, Reason},
+};
+
+/// One shard's part of a batch, ready to be written.
+#[derive(Debug)]
+pub struct Writing<'a> {
+    /// The shard.
+    pub shard: ShardId,
+    /// The offset of the first record of the part.
+    pub first: u64,
+    /// The offset behind the last record of the part.
+    pub next: u64,
+    /// The shard's `now` of this batch.
+    pub now: UnixMillis,
+    /// Its spans, grouped.
+    pub subsegments: Vec<Subsegment<'a>>,
+}
+
+/// What is wholly in Redis, positions included. Only `commit` takes it, and it is made here only.
+#[derive(Debug)]
+pub struct Inserted {
+    offsets: BTreeMap<ShardId, u64>,
+    rewind: Vec<ShardId>,
+}
+
+impl Inserted {
+    /// For each shard that is wholly in, the offset behind its part.
+    #[must_use]
+    pub fn offsets(&self) -> &BTreeMap<ShardId, u64> {
+        &self.offsets
+    }
+
+    /// Shards whose position is not what this process wrote last.
+    #[must_use]
+    pub fn rewind(&self) -> &[ShardId] {
+        &self.rewind
+    }
+}
+
+/// The write side of the store.
+#[derive(Debug)]
+pub struct Store {
+    client: Client,
+    instance: String,
+    buckets: u32,
+    codec: Codec,
+    ttl: Duration,
+    buffer: Buffer,
+    /// The positions as this process wrote or adopted them last.
+    written: HashMap<Bucket, u64>,
+}
+
+impl Positions for Store {
+    fn next(&self, bucket: Bucket) -> Option<u64> {
+        self.written.get(&bucket).copied()
+    }
+}
+
+impl Store {
+    /// Takes a client whose server was checked, and the store's instance id.
+    #[must_use]
+    pub fn new(client: Client, instance: String, redis: &Redis, buffer: &Buffer) -> Self {
+        Self {
+            client,
+            instance,
+            buckets: redis.buckets,
+            codec: Codec::from(redis.compression),
+            ttl: redis.redis_ttl,
+            buffer: buffer.clone(),
+            written: HashMap::new(),
+        }
+    }
+
+    /// The client, for what a start has to count.
+    pub fn client(&mut self) -> &mut Client {
+        &mut self.client
+    }
+
+    /// Reads the positions of a shard's buckets and takes them for its own; gives each offset, and the lowest clock.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`].
+    pub fn adopt(
+        &mut self,
+        shard: ShardId,
+        beat: &mut Beat,
+    ) -> Result<(Vec<Option<u64>>, Option<UnixMillis>), Ended> {
+        let (mut offsets, mut clock) = (Vec::new(), None);
+        for bucket in self.buckets_of(shard) {
+            let answers = ask(
+                &mut self.client,
+                beat,
+                "read positions",
+                vec![Command::whole_position(bucket)],
+            )?;
+            let position = answers.into_iter().next().and_then(|answer| match answer {
+                Ok(value) => reply::position(&value),
+                Err(refusal) => {
+                    error!("read position shard={shard}: {refusal}");
+                    None
+                }
+            });
+            match &position {
+                Some(position) => {
+                    self.written.insert(bucket, position.next);
+                    clock = Some(clock.map_or(position.clock, |clock: UnixMillis| {
+                        clock.min(position.clock)
+                    }));
+                }
+                None => {
+                    self.written.remove(&bucket);
+                }
+            }
+            offsets.push(position.map(|position| position.next));
+        }
+        Ok((offsets, clock))
+    }
+
+    /// Reads the positions of shards that got nothing; gives those that have to be read again.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`].
+    pub fn watch(&mut self, shards: &[ShardId], beat: &mut Beat) -> Result<Vec<ShardId>, Ended> {
+        let buckets: Vec<Bucket> = shards
+            .iter()
+            .flat_map(|&shard| self.buckets_of(shard))
+            .collect();
+        let commands = buckets
+            .iter()
+            .map(|&bucket| Command::position(bucket))
+            .collect();
+        let answers = ask(&mut self.client, beat, "read positions", commands)?;
+        let stands = answers
+            .into_iter()
+            .map(|answer| answer.ok().as_ref().and_then(reply::offset));
+        Ok(self.changed(buckets.into_iter().zip(stands)))
+    }
+
+    /// Renews the TTLs of queue, position and sum of these shards.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`].
+    pub fn renew(&mut self, shards: &[ShardId], beat: &mut Beat) -> Result<(), Ended> {
+        let ttl = self.ttl;
+        let buckets = shards.iter().flat_map(|&shard| self.buckets_of(shard));
+        let commands = buckets
+            .flat_map(|bucket| Command::renew(bucket, ttl))
+            .collect();
+        for refusal in ask(&mut self.client, beat, "renew ttl", commands)?
+            .into_iter()
+            .filter_map(Result::err)
+        {
+            warn!("renew ttl: {refusal}");
+        }
+        Ok(())
+    }
+
+    /// Inserts a batch: entries and queues, then positions.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`] when the supervisor asked for it before all was in: nothing of the batch may be committed then.
+    pub fn insert(
+        &mut self,
+        parts: &[Writing<'_>],
+        settled: &Settled,
+        beat: &mut Beat,
+    ) -> Result<Inserted, Ended> {
+        beat.phase(Phase::Redis);
+        let mut rewind = self.first_positions(parts, beat)?;
+        let mut journals = self.encode(parts);
+        loop {
+            journals.retain(|journal| !rewind.contains(&journal.bucket.shard));
+            rewind.extend(self.trip_one(parts, &rewind, &mut journals, beat)?);
+            let lost = match self.ask_early_looks(&journals) {
+                Ok(()) => self.trip_two(parts, &journals, settled, &mut rewind, beat)?,
+                Err(lost) => Some(lost),
+            };
+            let Some(lost) = lost else { break };
+            // Behind a new connection may be a server that never had the entries: its positions say so, and all begins again.
+            beat.failed(Reason::Redis, "insert batch", &lost)?;
+            rewind.extend(self.confirm(parts, &rewind, beat)?);
+            // What lies below a position that was written and stands exists: it may be flushed, and is not written again.
+            journals.retain(|journal| self.written.get(&journal.bucket) < Some(&journal.next));
+        }
+        rewind.sort_unstable();
+        rewind.dedup();
+        let whole = parts.iter().filter(|part| !rewind.contains(&part.shard));
+        let offsets = whole.map(|part| (part.shard, part.next)).collect();
+        beat.phase(Phase::Work);
+        Ok(Inserted { offsets, rewind })
+    }
+
+    /// A bucket gets its first position before its first entry: without one, nothing in it exists.
+    fn first_positions(
+        &mut self,
+        parts: &[Writing<'_>],
+        beat: &mut Beat,
+    ) -> Result<Vec<ShardId>, Ended> {
+        let mut steps = Vec::new();
+        for part in parts {
+            for bucket in self
+                .buckets_of(part.shard)
+                .filter(|bucket| !self.written.contains_key(bucket))
+            {
+                steps.push(Step {
+                    bucket,
+                    before: None,
+                    next: part.first,
+                    clock: part.now,
+                    spans: 0,
+                    counts: Vec::new(),
+                });
+            }
+        }
+        let commands = steps
+            .iter()
+            .map(|step| step.command(&self.instance, self.ttl))
+            .collect();
+        let answers = ask(&mut self.client, beat, "write first positions", commands)?;
+        Ok(steps
+            .iter()
+            .zip(answers)
+            .filter_map(|(step, answer)| self.stepped(step, answer))
+            .collect())
+    }
+
+    /// Headers and chunks of all subsegments, by journal.
+    fn encode(&self, parts: &[Writing<'_>]) -> Vec<JournalWrite> {
+        let mut journals: Vec<JournalWrite> = Vec::new();
+        let mut places: HashMap<(Bucket, Member), usize> = HashMap::new();
+        for part in parts {
+            for subsegment in &part.subsegments {
+                let bucket = bucket_of(
+                    part.shard,
+                    subsegment.project,
+                    &subsegment.trace,
+                    self.buckets,
+                );
+                let member = Member::new(subsegment.project, &subsegment.trace);
+                let place = *places.entry((bucket, member.clone())).or_insert_with(|| {
+                    journals.push(JournalWrite::new(bucket, member, part.now, part.next));
+                    journals.len() - 1
+                });
+                let timeout = if subsegment.has_root {
+                    self.buffer.root_timeout
+                } else {
+                    self.buffer.timeout
+                };
+                let timeout = self
+                    .buffer
+                    .max_segment_age
+                    .map_or(timeout, |age| timeout.min(age));
+                journals[place].add(subsegment, part.now.after(timeout), self.codec);
+            }
+        }
+        journals
+    }
+
+    /// Trip 1: positions are read, entries and queues written; gives the shards that have to be read again.
+    fn trip_one(
+        &mut self,
+        parts: &[Writing<'_>],
+        rewind: &[ShardId],
+        journals: &mut [JournalWrite],
+        beat: &mut Beat,
+    ) -> Result<Vec<ShardId>, Ended> {
+        let parts = parts.iter().filter(|part| !rewind.contains(&part.shard));
+        let buckets: Vec<Bucket> = parts.flat_map(|part| self.buckets_of(part.shard)).collect();
+        let attempt = format!("insert batch journals={}", journals.len());
+        let mut trip = Trip::new(buckets, journals);
+        trip.begin_again();
+        loop {
+            let (places, commands): (Vec<_>, Vec<_>) = trip.left(self.ttl).into_iter().unzip();
+            if commands.is_empty() {
+                beat.worked(Reason::Redis);
+                let positions = trip.positions();
+                return Ok(self.changed(positions.into_iter()));
+            }
+            if let Some(error) = trip.take(&places, self.client.run(&commands)) {
+                if error.is_lost() {
+                    trip.begin_again();
+                }
+                beat.failed(Reason::Redis, &attempt, &error)?;
+            }
+        }
+    }
+
+    /// A trace that passed a multiple of a limit is looked at now, not at its deadline (docs/spec.md 4.5).
+    fn ask_early_looks(&mut self, journals: &[JournalWrite]) -> Result<(), CommandError> {
+        let limits = [self.buffer.max_segment_bytes, self.buffer.max_trace_bytes];
+        let mut early: BTreeMap<Bucket, Vec<(Member, UnixMillis)>> = BTreeMap::new();
+        for journal in journals {
+            let long = passes(
+                journal.entries,
+                journal.added(),
+                self.buffer.max_trace_entries,
+            );
+            let large = journal.memory.is_some_and(|memory| {
+                limits
+                    .iter()
+                    .any(|&limit| passes(memory, journal.bytes, limit))
+            });
+            if long || large {
+                early
+                    .entry(journal.bucket)
+                    .or_default()
+                    .push((journal.member.clone(), journal.now));
+            }
+        }
+        let commands: Vec<Command> = early
+            .iter()
+            .map(|(&bucket, members)| Command::enqueue(bucket, members))
+            .collect();
+        for refusal in self
+            .client
+            .run(&commands)
+            .into_iter()
+            .filter_map(Result::err)
+        {
+            if refusal.is_lost() {
+                return Err(refusal);
+            }
+            // The trace is in its queue already: it is looked at in its time.
+            warn!("ask for early looks: {refusal}");
+        }
+        Ok(())
+    }
+
+    /// Trip 2: the positions of all buckets of these shards; from here on the entries exist. Gives the loss of the connection
+    /// that carried trip 1: what was not answered by then has to begin again.
+    fn trip_two(
+        &mut self,
+        parts: &[Writing<'_>],
+        journals: &[JournalWrite],
+        settled: &Settled,
+        rewind: &mut Vec<ShardId>,
+        beat: &mut Beat,
+    ) -> Result<Option<CommandError>, Ended> {
+        let mut spans: HashMap<Bucket, u64> = HashMap::new();
+        for journal in journals {
+            *spans.entry(journal.bucket).or_default() += journal.spans;
+        }
+        let mut steps = Vec::new();
+        for part in parts.iter().filter(|part| !rewind.contains(&part.shard)) {
+            for bucket in self.buckets_of(part.shard) {
+                // A bucket may be ahead of the others of its shard; its position never goes back here.
+                let before = self.written.get(&bucket).copied();
+                let next = before.map_or(part.next, |written| written.max(part.next));
+                // A shard's first bucket counts for the shard.
+                let counts = if bucket.bucket == BucketId(0) {
+                    settled.counts(part.shard, before.unwrap_or(0))
+                } else {
+                    Vec::new()
+                };
+                steps.push(Step {
+                    bucket,
+                    before,
+                    next,
+                    clock: part.now,
+                    spans: spans.get(&bucket).copied().unwrap_or(0),
+                    counts,
+                });
+            }
+        }
+        while !steps.is_empty() {
+            let commands: Vec<Command> = steps
+                .iter()
+                .map(|step| step.command(&self.instance, self.ttl))
+                .collect();
+            let replies = self.client.run(&commands);
+            let (mut left, mut refused) = (Vec::new(), None);
+            for (step, reply) in steps.into_iter().zip(replies) {
+                match reply {
+                    Err(error) if error.is_lost() => return Ok(Some(error)),
+                    Err(error) if error.is_outage() => {
+                        left.push(step);
+                        refused = Some(error);
+                    }
+                    reply => rewind.extend(self.stepped(&step, reply)),
+                }
+            }
+            if let Some(error) = refused {
+                beat.failed(Reason::Redis, "write positions", &error)?;
+            }
+            steps = left;
+        }
+        Ok(None)
+    }
+
+    /// Reads positions after a lost connection: one that stands where this batch takes it was written, and not answered. Gives
+    /// the shards that have to be read again.
+    fn confirm(
+        &mut self,
+        parts: &[Writing<'_>],
+        rewind: &[ShardId],
+        beat: &mut Beat,
+    ) -> Result<Vec<ShardId>, Ended> {
+        let parts = parts.iter().filter(|part| !rewind.contains(&part.shard));
+        let buckets: Vec<(Bucket, u64)> = parts
+            .flat_map(|part| {
+                self.buckets_of(part.shard)
+                    .map(|bucket| (bucket, part.next))
+            })
+            .collect();
+        let commands = buckets
+            .iter()
+            .map(|&(bucket, _)| Command::position(bucket))
+            .collect();
+        let answers = ask(&mut self.client, beat, "read positions", commands)?;
+        let mut stands = Vec::with_capacity(buckets.len());
+        for ((bucket, next), answer) in buckets.into_iter().zip(answers) {
+            let position = answer.ok().as_ref().and_then(reply::offset);
+            if position == Some(next) {
+                self.written.insert(bucket, next);
+            }
+            stands.push((bucket, position));
+        }
+        Ok(self.changed(stands.into_iter()))
+    }
+
+    /// Notes what became of a step; gives its shard when that has to be read again.
+    fn stepped(&mut self, step: &Step, reply: Reply) -> Option<ShardId> {
+        match reply.map(|value| PositionReply::read(&value)) {
+            Ok(Ok(PositionReply::Written)) => {}
+            // A step that was carried out but not answered finds its own value when it is repeated.
+            Ok(Ok(PositionReply::Stands(Some(stands)))) if stands == step.next => {}
+            Ok(Ok(PositionReply::Stands(stands))) => {
+                error!(
+                    "write position {step}: another one stands={stands:?} (did its node go back, or is there a second writer?)"
+                );
+                return Some(step.bucket.shard);
+            }
+            Ok(Err(wrong)) => {
+                error!("write position {step}: {wrong}");
+                return Some(step.bucket.shard);
+            }
+            Err(refusal) => {
+                error!("write position {step}: {refusal}");
+                return Some(step.bucket.shard);
+            }
+        }
+        self.written.insert(step.bucket, step.next);
+        None
+    }
+
+    /// The shards with a bucket whose position is not what this process wrote last.
+    fn changed(&self, positions: impl Iterator<Item = (Bucket, Option<u64>)>) -> Vec<ShardId> {
+        let mut changed = Vec::new();
+        for (bucket, stands) in positions {
+            let written = self.written.get(&bucket).copied();
+            if stands != written && !changed.contains(&bucket.shard) {
+                error!(
+                    "position shard={} stands={stands:?} written={written:?}: its node went back, or there is a second writer",
+                    bucket.shard
+                );
+                changed.push(bucket.shard);
+            }
+        }
+        changed
+    }
+
+    fn buckets_of(&self, shard: ShardId) -> impl Iterator<Item = Bucket> + use<> {
+        (0..self.buckets).map(move |bucket| Bucket {
+            shard,
+            bucket: BucketId(bucket),
+        })
+    }
+}
+
+/// One bucket's position on its way.
+#[derive(Debug)]
+struct Step {
+    bucket: Bucket,
+    before: Option<u64>,
+    next: u64,
+    clock: UnixMillis,
+    spans: u64,
+    counts: Vec<(&'static str, u64)>,
+}
+
+impl Step {
+    fn command(&self, instance: &str, ttl: Duration) -> Command {
+        let &Self {
+            bucket,
+            before,
+            next,
+            clock,
+            spans,
+            ref counts,
+        } = self;
+        PositionCall {
+            bucket,
+            before,
+            next,
+            clock,
+            spans,
+            instance,
+            ttl,
+            counts,
+        }
+        .command()
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "shard={} before={:?} next={}",
+            self.bucket.shard, self.before, self.next
+        )
+    }
+}
+
+/// Whether a size, grown by `added` to `after`, has passed a multiple of `limit`.
+fn passes(after: u64, added: u64, limit: u64) -> bool {
+    limit > 0 && after / limit > after.saturating_sub(added) / limit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_multiple_is_passed_once() {
+        assert!(!passes(9, 9, 10));
+        assert!(passes(10, 1, 10));
+        assert!(!passes(11, 1, 10));
+        assert!(passes(20, 1, 10));
+        assert!(!passes(100, 100, 0));
+    }
+}

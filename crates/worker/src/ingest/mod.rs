@@ -1,0 +1,314 @@
+//! Role `ingest`: spans go from Kafka into Redis.
+//!
+//! In:     the partitions of its shards.
+//! Out:    entries, positions; then commits and clocks.
+//! Keeps:  nothing is committed that is not wholly in Redis; a clock moves on only behind acknowledged writes.
+//! Knows:  the order of a pass.
+//! Source: docs/spec.md 2–4; docs/store.md 2, 6.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use log::warn;
+use shared::{
+    board::{Board, ClockWriter, Ledger, Phase},
+    config::Config,
+    launch::Launch,
+    shard::{ShardId, ShardList},
+    time::{Clock, MonoNanos},
+};
+
+use self::{
+    batch::{Counts, sort},
+    begin::{locate, read_from},
+    clock::{InputClock, Shown},
+    commit::Commits,
+    consume::{BatchLimits, Collected, Input},
+    dlq::DeadLetters,
+    group::{GroupLimits, group},
+    insert::{Inserted, Store, Writing},
+    intake::Intake,
+};
+use crate::{
+    Ended,
+    beat::{Beat, Reason},
+};
+
+pub mod batch;
+pub mod begin;
+pub mod clock;
+pub mod commit;
+pub mod consume;
+pub mod dlq;
+pub mod group;
+pub mod insert;
+pub mod intake;
+pub mod parse;
+pub mod start;
+pub mod trip;
+
+/// How long a pass waits for a first message: clocks are published between two passes.
+const IDLE: Duration = Duration::from_millis(50);
+/// How often positions are read that no batch read.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// How often the TTLs of idle shards are renewed.
+const RENEW_EVERY: Duration = Duration::from_secs(3600);
+
+/// The role at work.
+pub(crate) struct Ingest {
+    config: Config,
+    board: Board,
+    beat: Beat,
+    input: Input,
+    store: Store,
+    dead_letters: DeadLetters,
+    commits: Commits,
+    intake: Intake,
+    shards: BTreeMap<ShardId, Shard>,
+    watched: MonoNanos,
+    renewed: MonoNanos,
+}
+
+/// One shard's clock and counts.
+struct Shard {
+    clock: InputClock,
+    published: ClockWriter,
+    ledger: Ledger,
+}
+
+impl Shard {
+    fn publish(&self, shown: Option<Shown>) {
+        if let Some(Shown { clock, at, until }) = shown {
+            self.published.publish(clock, at, until);
+        }
+    }
+}
+
+/// A batch that is in Redis, and what it held.
+struct Written {
+    inserted: Inserted,
+    counts: Vec<(ShardId, Counts)>,
+}
+
+/// Inserts until it is asked to stop.
+pub(crate) fn run(launch: &Launch, board: &Board, beat: Beat) -> Ended {
+    match begin::begin(launch, board, beat).map(Ingest::work) {
+        Ok(ended) | Err(ended) => ended,
+    }
+}
+
+impl Ingest {
+    fn work(mut self) -> Ended {
+        self.beat.ready();
+        loop {
+            if let Err(ended) = self.beat.go_on().and_then(|()| self.pass()) {
+                crate::drain(&mut self.beat);
+                self.commits.send_last(&self.input);
+                return ended;
+            }
+        }
+    }
+
+    /// The whole way, once.
+    fn pass(&mut self) -> Result<(), Ended> {
+        self.steer_intake()?;
+        self.beat.phase(Phase::Idle);
+        let collected = self.input.collect(&self.limits());
+        let written = if collected.is_empty() {
+            None
+        } else {
+            Some(write(
+                &collected,
+                &self.config,
+                &mut self.shards,
+                &mut self.store,
+                &mut self.dead_letters,
+                &mut self.beat,
+            )?)
+        };
+        let Collected {
+            lost_place, outage, ..
+        } = collected;
+        let mut again = written.map_or_else(Vec::new, |written| self.settle(&written));
+        if lost_place {
+            again = self.shards.keys().copied().collect();
+        }
+        again.extend(self.watch()?);
+        self.read_again(again)?;
+        self.commits.send_due(&self.input);
+        self.run_clocks(outage.is_some())?;
+        if let Some(outage) = outage {
+            let attempt = format!(
+                "read topic={} brokers={}",
+                self.input.topic(),
+                self.config.kafka.brokers
+            );
+            self.beat.failed(Reason::Kafka, &attempt, &outage)?;
+        }
+        self.beat.turn_done();
+        Ok(())
+    }
+
+    /// Pauses and resumes shards after the states of their flushers.
+    fn steer_intake(&mut self) -> Result<(), Ended> {
+        let changes = self.intake.decide(|slot| self.board.healthy_once(slot));
+        for (shards, paused) in [(&changes.pause, true), (&changes.resume, false)] {
+            if let Err(error) = self.input.pause(shards, paused) {
+                // Nothing is noted as done: it is tried again at the next pass.
+                return self
+                    .beat
+                    .failed(Reason::Kafka, "pause or resume partitions", &error);
+            }
+        }
+        self.intake.done(&changes);
+        Ok(())
+    }
+
+    /// Notes what is in Redis: for commits, clocks and the ledger. Gives the shards that have to be read again.
+    fn settle(&mut self, written: &Written) -> Vec<ShardId> {
+        let mono = Clock::mono_now();
+        self.commits.add(&written.inserted);
+        for (id, counts) in &written.counts {
+            let (Some(&next), Some(shard)) =
+                (written.inserted.offsets().get(id), self.shards.get_mut(id))
+            else {
+                continue;
+            };
+            self.input.advance(*id, next);
+            shard.ledger.consumed(counts.inserted + counts.refused);
+            shard.ledger.inserted(counts.inserted);
+            shard.ledger.refused(counts.refused);
+            let shown = shard.clock.written(mono);
+            shard.publish(Some(shown));
+        }
+        written.inserted.rewind().to_vec()
+    }
+
+    /// Now and then: reads the positions of all shards, and renews what must not expire. Gives the shards that have to be read again.
+    fn watch(&mut self) -> Result<Vec<ShardId>, Ended> {
+        let now = Clock::mono_now();
+        if now.since(self.watched) < WATCH_EVERY {
+            return Ok(Vec::new());
+        }
+        self.watched = now;
+        let shards: Vec<ShardId> = self.shards.keys().copied().collect();
+        if now.since(self.renewed) >= RENEW_EVERY {
+            self.renewed = now;
+            self.store.renew(&shards, &mut self.beat)?;
+        }
+        self.store.watch(&shards, &mut self.beat)
+    }
+
+    /// Reads shards again from where the store says: a node went back, or their place is gone from the topic.
+    fn read_again(&mut self, mut again: Vec<ShardId>) -> Result<(), Ended> {
+        again.sort_unstable();
+        again.dedup();
+        // An empty list is none.
+        let Ok(again) = ShardList::new(again) else {
+            return Ok(());
+        };
+        warn!("read again shards={again}: from their positions");
+        again.iter().for_each(|shard| self.commits.forget(shard));
+        let begun = locate(
+            &self.config,
+            &again,
+            &mut self.input,
+            &mut self.store,
+            &mut self.beat,
+        )?;
+        for (id, begun) in &begun {
+            let Some(shard) = self.shards.get_mut(id) else {
+                continue;
+            };
+            match shard.clock.rewind(begun.clock, Clock::mono_now()) {
+                None => shard.published.unknown(),
+                shown => shard.publish(shown),
+            }
+        }
+        read_from(&begun, &mut self.input, &mut self.commits, &mut self.beat)
+    }
+
+    /// Lets the clocks run of shards that are read to their end.
+    fn run_clocks(&mut self, is_outage: bool) -> Result<(), Ended> {
+        if !is_outage {
+            match self.input.ask_ends() {
+                Ok(true) => self.beat.worked(Reason::Kafka),
+                Ok(false) => {}
+                Err(error) => {
+                    self.beat
+                        .failed(Reason::Kafka, "read the ends of partitions", &error)?
+                }
+            }
+        }
+        let (mono, wall_now) = (Clock::mono_now(), Clock::wall_now());
+        for (&id, shard) in &mut self.shards {
+            if let Some(confirmed) = self.input.at_end(id) {
+                let shown = shard.clock.at_end(confirmed, mono, wall_now);
+                shard.publish(shown);
+            }
+        }
+        Ok(())
+    }
+
+    fn limits(&self) -> BatchLimits {
+        let intake = &self.config.intake;
+        BatchLimits {
+            spans: intake.batch_spans,
+            bytes: intake.batch_bytes,
+            time: intake.batch_time,
+            idle: IDLE,
+        }
+    }
+}
+
+/// Parses, groups and inserts one batch. The clocks of its shards stand meanwhile.
+fn write(
+    collected: &Collected<'_>,
+    config: &Config,
+    shards: &mut BTreeMap<ShardId, Shard>,
+    store: &mut Store,
+    dead_letters: &mut DeadLetters,
+    beat: &mut Beat,
+) -> Result<Written, Ended> {
+    beat.worked(Reason::Kafka);
+    beat.phase(Phase::Work);
+    let group_limits = GroupLimits {
+        spans_max: config.buffer.max_spans_per_insert,
+        bytes_max: config.buffer.max_insert_bytes,
+    };
+    let (mut writings, mut refused, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+    for part in sort(
+        collected.records(Clock::wall_now()),
+        store,
+        config.redis.buckets,
+    ) {
+        // Only assigned partitions are read.
+        let Some(shard) = shards.get_mut(&part.shard) else {
+            continue;
+        };
+        // Readers' clocks stop where ours does: both at this moment.
+        let mono = Clock::mono_now();
+        let frozen = shard.clock.freeze(mono);
+        shard.publish(frozen);
+        let now = shard.clock.batch(&part.times, mono);
+        counts.push((part.shard, part.counts()));
+        writings.push(Writing {
+            shard: part.shard,
+            first: part.first,
+            next: part.next,
+            now,
+            subsegments: group(part.spans, &group_limits),
+        });
+        refused.extend(part.refused);
+    }
+    let settled = dead_letters.settle(&refused, beat)?;
+    let inserted = store.insert(&writings, &settled, beat)?;
+    Ok(Written { inserted, counts })
+}
+
+impl std::fmt::Debug for Ingest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ingest")
+            .field("input", &self.input)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,278 @@
+//! Trip 1 of an insert: what is sent to Redis, what has a good reply, what has to be sent again.
+//!
+//! In:     the journals of a batch, encoded; replies, in the order of the commands.
+//! Out:    the commands that are left; at the end the positions that stood at the head of the connection.
+//! Keeps:  a `ZADD` is sent again after any `HSET` of its bucket that was; after a lost connection all begins again at `HGET`.
+//! Knows:  commands and replies. No connection, no waiting.
+//! Source: docs/store.md 2.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use shared::time::UnixMillis;
+use store::{
+    chunk::{self, Codec},
+    client::{Command, CommandError, Reply, Value, reply},
+    entry::{EntryHeader, SpanAt},
+    keys::{Bucket, Member},
+};
+
+use super::group::Subsegment;
+
+/// From how many bytes of a trace in one batch on its size in Redis is asked.
+const MEMORY_ASKED_FROM: u64 = 64 << 10;
+
+/// One journal's part of a batch.
+#[derive(Debug)]
+pub struct JournalWrite {
+    /// Its bucket.
+    pub bucket: Bucket,
+    /// Its place in the queue.
+    pub member: Member,
+    /// The shard's `now` of the batch.
+    pub now: UnixMillis,
+    /// The offset behind the shard's part of the batch: above all of its new entries.
+    pub next: u64,
+    /// The earliest deadline that its new entries can have.
+    pub score: UnixMillis,
+    /// Spans in `fields`.
+    pub spans: u64,
+    /// Entries in the journal after the write.
+    pub entries: u64,
+    /// Bytes of the journal in Redis after the write, where they were asked for.
+    pub memory: Option<u64>,
+    /// Bytes of `fields`.
+    pub bytes: u64,
+    fields: Vec<(Vec<u8>, Vec<u8>)>,
+    raw_bytes: u64,
+    done: bool,
+}
+
+impl JournalWrite {
+    /// A journal that gets nothing yet.
+    #[must_use]
+    pub fn new(bucket: Bucket, member: Member, now: UnixMillis, next: u64) -> Self {
+        Self {
+            bucket,
+            member,
+            now,
+            next,
+            score: UnixMillis::MAX,
+            spans: 0,
+            entries: 0,
+            memory: None,
+            bytes: 0,
+            fields: Vec::new(),
+            raw_bytes: 0,
+            done: false,
+        }
+    }
+
+    /// Adds one subsegment as an entry whose earliest deadline is `score`.
+    pub fn add(&mut self, subsegment: &Subsegment<'_>, score: UnixMillis, codec: Codec) {
+        let spans = &subsegment.spans;
+        let latest = spans.iter().map(|arrived| arrived.time).max();
+        let header = EntryHeader {
+            has_root: subsegment.has_root,
+            organization: subsegment.organization,
+            arrival: latest.map_or(self.now, |latest| latest.max(self.now)),
+            top: subsegment.top.clone(),
+            spans: spans
+                .iter()
+                .map(|arrived| SpanAt {
+                    offset: arrived.offset,
+                    id: arrived.span.id.clone(),
+                })
+                .collect(),
+            bytes: subsegment.bytes,
+        };
+        let payloads: Vec<_> = spans
+            .iter()
+            .map(|arrived| (arrived.span.json, &arrived.span.splice))
+            .collect();
+        let (field, chunk) = (header.encode(), chunk::encode(codec, &payloads));
+        self.score = self.score.min(score);
+        self.spans += count(spans.len());
+        self.bytes += count(field.len() + chunk.len());
+        self.raw_bytes += subsegment.bytes;
+        self.fields.push((field, chunk));
+    }
+
+    /// Entries that this batch added.
+    #[must_use]
+    pub fn added(&self) -> u64 {
+        count(self.fields.len())
+    }
+}
+
+/// The state of trip 1.
+#[derive(Debug)]
+pub struct Trip<'j> {
+    heads: Vec<(Bucket, Option<Value>)>,
+    journals: &'j mut [JournalWrite],
+    queued: BTreeMap<Bucket, bool>,
+}
+
+/// What a command of the trip is for.
+#[derive(Debug, Clone, Copy)]
+pub enum Place {
+    /// The position at the head of a connection.
+    Head(usize),
+    /// A journal's entries.
+    Write(usize),
+    /// A journal's TTL.
+    Expire(usize),
+    /// The number of a journal's entries.
+    Entries(usize),
+    /// A journal's bytes in Redis.
+    Memory(usize),
+    /// The scores of a bucket's journals.
+    Queue(Bucket),
+}
+
+impl<'j> Trip<'j> {
+    /// A trip that has sent nothing.
+    pub fn new(
+        buckets: impl IntoIterator<Item = Bucket>,
+        journals: &'j mut [JournalWrite],
+    ) -> Self {
+        let queued = journals
+            .iter()
+            .map(|journal| (journal.bucket, false))
+            .collect();
+        Self {
+            heads: buckets.into_iter().map(|bucket| (bucket, None)).collect(),
+            journals,
+            queued,
+        }
+    }
+
+    /// What has no good reply yet, in the order in which it has to be sent.
+    #[must_use]
+    pub fn left(&self, ttl: Duration) -> Vec<(Place, Command)> {
+        let mut left = Vec::new();
+        for (index, (bucket, _)) in self
+            .heads
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, head))| head.is_none())
+        {
+            left.push((Place::Head(index), Command::position(*bucket)));
+        }
+        for (index, journal) in self
+            .journals
+            .iter()
+            .enumerate()
+            .filter(|(_, journal)| !journal.done)
+        {
+            left.push((
+                Place::Write(index),
+                Command::insert(journal.bucket, &journal.member, &journal.fields),
+            ));
+            left.push((
+                Place::Expire(index),
+                Command::expire_journal(journal.bucket, &journal.member, ttl),
+            ));
+            left.push((
+                Place::Entries(index),
+                Command::entries(journal.bucket, &journal.member),
+            ));
+            if journal.raw_bytes > MEMORY_ASKED_FROM {
+                left.push((
+                    Place::Memory(index),
+                    Command::memory(journal.bucket, &journal.member),
+                ));
+            }
+        }
+        for &bucket in self
+            .queued
+            .iter()
+            .filter(|(_, queued)| !**queued)
+            .map(|(bucket, _)| bucket)
+        {
+            let members: Vec<_> = self
+                .journals
+                .iter()
+                .filter(|journal| journal.bucket == bucket)
+                .map(|journal| (journal.member.clone(), journal.score))
+                .collect();
+            left.push((Place::Queue(bucket), Command::enqueue(bucket, &members)));
+        }
+        left
+    }
+
+    /// Takes the replies to what was left; gives the first error among them.
+    pub fn take(&mut self, places: &[Place], replies: Vec<Reply>) -> Option<CommandError> {
+        for place in places {
+            if let Place::Write(index) = *place {
+                self.journals[index].done = true;
+            }
+        }
+        let mut first = None;
+        for (&place, reply) in places.iter().zip(replies) {
+            match reply {
+                Ok(value) => self.good(place, value),
+                // Sizes are hints: a server that never tells them keeps no entry out.
+                Err(error)
+                    if matches!(place, Place::Entries(_) | Place::Memory(_))
+                        && !error.is_outage() => {}
+                Err(error) => {
+                    self.bad(place);
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        first
+    }
+
+    /// Lets go of every reply: the connection that gave them is gone, and what it had written may be.
+    pub fn begin_again(&mut self) {
+        self.heads.iter_mut().for_each(|(_, head)| *head = None);
+        self.journals
+            .iter_mut()
+            .for_each(|journal| journal.done = false);
+        self.queued.values_mut().for_each(|queued| *queued = false);
+    }
+
+    /// The positions that stood at the head of the connection.
+    #[must_use]
+    pub fn positions(&self) -> Vec<(Bucket, Option<u64>)> {
+        self.heads
+            .iter()
+            .map(|(bucket, head)| (*bucket, head.as_ref().and_then(reply::offset)))
+            .collect()
+    }
+
+    fn good(&mut self, place: Place, value: Value) {
+        match place {
+            Place::Head(index) => self.heads[index].1 = Some(value),
+            Place::Entries(index) => self.journals[index].entries = reply::count(&value),
+            Place::Memory(index) => self.journals[index].memory = Some(reply::count(&value)),
+            Place::Write(_) | Place::Expire(_) => {}
+            // Commands are answered in order: whether all writes of this bucket were good is known by now.
+            Place::Queue(bucket) => {
+                let written = self
+                    .journals
+                    .iter()
+                    .all(|journal| journal.bucket != bucket || journal.done);
+                self.queued.insert(bucket, written);
+            }
+        }
+    }
+
+    fn bad(&mut self, place: Place) {
+        match place {
+            Place::Write(index)
+            | Place::Expire(index)
+            | Place::Entries(index)
+            | Place::Memory(index) => {
+                self.journals[index].done = false;
+                self.queued.insert(self.journals[index].bucket, false);
+            }
+            Place::Head(_) | Place::Queue(_) => {}
+        }
+    }
+}
+
+fn count(length: usize) -> u64 {
+    u64::try_from(length).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,210 @@
+//! What every Kafka client of a worker is made with.
+//!
+//! In:     section `kafka` of the configuration.
+//! Out:    client configurations; librdkafka's log lines in ours.
+//! Keeps:  keys of ours win: the configuration has refused properties that they set.
+//! Knows:  rdkafka's configuration. No loop, no message.
+//! Source: docs/spec.md 10.1, 5.4, 7.4; docs/house.md 2.
+
+use std::{
+    future::Future,
+    pin::pin,
+    task::{self, Poll, Waker},
+    time::Duration,
+};
+
+use log::{debug, error, info, warn};
+use rdkafka::{
+    ClientContext,
+    admin::{AdminClient, AdminOptions, ResourceSpecifier},
+    client::Client,
+    config::{ClientConfig, RDKafkaLogLevel},
+    consumer::ConsumerContext,
+    error::{KafkaError, RDKafkaErrorCode},
+};
+use shared::{
+    config,
+    time::{Clock, millis},
+};
+
+use crate::beat::Beat;
+
+/// The longest wait for one answer of a broker.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How often a pending answer is looked for.
+const POLL: Duration = Duration::from_millis(20);
+
+/// The largest message that librdkafka takes from us. What a broker takes is less, and told by the broker: a single span
+/// over our limit goes alone.
+const CLIENT_MESSAGE_BYTES: u64 = 256 << 20;
+
+/// librdkafka's log lines in ours; outages are said by whoever waits, with the address.
+#[derive(Clone, Copy, Debug)]
+pub struct Context;
+
+impl ClientContext for Context {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        match level {
+            RDKafkaLogLevel::Emerg | RDKafkaLogLevel::Alert | RDKafkaLogLevel::Critical => {
+                error!("librdkafka facility={facility}: {line}");
+            }
+            // FAIL: a connection went; ERROR: all of them. Both come back for as long as a broker is away.
+            RDKafkaLogLevel::Error | RDKafkaLogLevel::Warning
+                if !matches!(facility, "FAIL" | "ERROR") =>
+            {
+                warn!("librdkafka facility={facility}: {line}");
+            }
+            RDKafkaLogLevel::Notice => info!("librdkafka facility={facility}: {line}"),
+            _ => debug!("librdkafka facility={facility}: {line}"),
+        }
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        debug!("librdkafka: {error}: {reason}");
+    }
+}
+
+impl ConsumerContext for Context {}
+
+/// The consumer's: offsets and resets are ours alone, prefetch is bounded in bytes.
+#[must_use]
+pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
+    let mut client = common(kafka, "ingest");
+    // librdkafka takes 1 to 2,097,151 KiB.
+    let prefetch_kib = (prefetch_bytes / 1024).clamp(1, 2_097_151);
+    client
+        .set("group.id", &kafka.group)
+        .set("enable.auto.commit", "false")
+        .set("enable.auto.offset.store", "false")
+        .set("auto.offset.reset", "error")
+        .set("enable.partition.eof", "true")
+        .set("queued.max.messages.kbytes", prefetch_kib.to_string());
+    set_all(&mut client, &kafka.consumer);
+    client
+}
+
+/// A producer's: every replica acknowledges, no message is written twice by a retry.
+#[must_use]
+pub fn producer(kafka: &config::Kafka, delivery_timeout: Duration) -> ClientConfig {
+    let mut client = common(kafka, "produce");
+    client
+        .set("acks", "all")
+        .set("enable.idempotence", "true")
+        .set("message.timeout.ms", millis(delivery_timeout).to_string())
+        .set("message.max.bytes", CLIENT_MESSAGE_BYTES.to_string());
+    set_all(&mut client, &kafka.producer);
+    client
+}
+
+/// The partitions of a topic; `None` where the broker says that there is no such topic.
+///
+/// # Errors
+/// librdkafka's, when no broker answers within [`ANSWER_TIMEOUT`], or not well.
+pub fn partitions<C: ClientContext>(
+    client: &Client<C>,
+    topic: &str,
+) -> Result<Option<Vec<u32>>, KafkaError> {
+    let metadata = client.fetch_metadata(Some(topic), ANSWER_TIMEOUT)?;
+    let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
+        return Ok(None);
+    };
+    match found.error().map(RDKafkaErrorCode::from) {
+        None => Ok(Some(
+            found
+                .partitions()
+                .iter()
+                .filter_map(|partition| u32::try_from(partition.id()).ok())
+                .collect(),
+        )),
+        Some(RDKafkaErrorCode::UnknownTopicOrPartition | RDKafkaErrorCode::UnknownTopic) => {
+            Ok(None)
+        }
+        Some(code) => Err(KafkaError::MetadataFetch(code)),
+    }
+}
+
+/// No word on a topic.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "ask for topic={topic} brokers={brokers} (are the brokers running, and reachable from here?)"
+)]
+pub struct TopicError {
+    /// The topic.
+    pub topic: String,
+    /// The configured addresses.
+    pub brokers: String,
+    /// librdkafka's word.
+    pub source: KafkaError,
+}
+
+/// Why a broker's limit is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum LimitError {
+    /// The broker, or librdkafka, refused to say.
+    #[error("describe topic")]
+    Refused(#[source] KafkaError),
+    /// No answer in time.
+    #[error("describe topic: no answer")]
+    Silent,
+    /// The answer does not have it.
+    #[error("describe topic: the answer lacks max.message.bytes")]
+    Absent,
+}
+
+/// The largest record batch that a topic takes, in bytes.
+///
+/// # Errors
+/// [`LimitError`], within a few seconds: some brokers, and the mock cluster of librdkafka, do not tell.
+pub fn message_bytes_max(
+    kafka: &config::Kafka,
+    topic: &str,
+    beat: &Beat,
+) -> Result<u64, LimitError> {
+    let client: AdminClient<Context> = common(kafka, "describe")
+        .create_with_context(Context)
+        .map_err(LimitError::Refused)?;
+    let topics = [ResourceSpecifier::Topic(topic)];
+    let options = AdminOptions::new().request_timeout(Some(ANSWER_TIMEOUT));
+    let mut answer = pin!(client.describe_configs(&topics, &options));
+    let until = Clock::mono_now().after(ANSWER_TIMEOUT.saturating_mul(2));
+    let described = loop {
+        // There is one answer to wait for, once in a worker's life: no runtime is worth it.
+        match answer
+            .as_mut()
+            .poll(&mut task::Context::from_waker(Waker::noop()))
+        {
+            Poll::Ready(described) => break described.map_err(LimitError::Refused)?,
+            Poll::Pending if Clock::mono_now() >= until || beat.stopping() => {
+                return Err(LimitError::Silent);
+            }
+            Poll::Pending => beat.wait(POLL),
+        }
+    };
+    let resource = described.into_iter().next().ok_or(LimitError::Absent)?;
+    let resource = resource.map_err(|code| LimitError::Refused(KafkaError::AdminOp(code)))?;
+    let value = resource
+        .entry_map()
+        .get("max.message.bytes")
+        .and_then(|entry| entry.value.as_deref()?.parse().ok());
+    value.ok_or(LimitError::Absent)
+}
+
+fn common(kafka: &config::Kafka, purpose: &str) -> ClientConfig {
+    let mut client = ClientConfig::new();
+    client
+        .set("bootstrap.servers", &kafka.brokers)
+        .set("client.id", format!("spanbuf-{purpose}"));
+    set_all(&mut client, &kafka.properties);
+    client.set_log_level(RDKafkaLogLevel::Info);
+    client
+}
+
+fn set_all<'p>(
+    client: &mut ClientConfig,
+    properties: impl IntoIterator<Item = (&'p String, &'p String)>,
+) {
+    for (name, value) in properties {
+        client.set(name, value);
+    }
+}

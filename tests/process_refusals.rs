@@ -1,0 +1,422 @@
+//! What is refused, and how; what is waited for.
+
+use std::{
+    io::{Read, Write},
+    net::TcpListener,
+    time::Duration,
+};
+
+use shared::time::Clock;
+use stand::{
+    kafka::{Kafka, RealKafka},
+    launch::{Run, Supervisor, SupervisorPlan, run},
+    redis::Redis,
+};
+
+use crate::world::{LONG, SHARDS, World, settings, traffic};
+
+/// One way to be refused.
+struct Row {
+    name: &'static str,
+    arguments: &'static [&'static str],
+    variables: &'static [(&'static str, &'static str)],
+    code: i32,
+    /// All of these stand in what is said.
+    says: &'static [&'static str],
+}
+
+const fn row(
+    name: &'static str,
+    arguments: &'static [&'static str],
+    code: i32,
+    says: &'static [&'static str],
+) -> Row {
+    Row {
+        name,
+        arguments,
+        variables: &[],
+        code,
+        says,
+    }
+}
+
+/// Of the command line and the configuration.
+const ROWS: [Row; 18] = [
+    row("an empty list", &["--shards", ""], 2, &["--shards"]),
+    row("a hole in a list", &["--shards", "1,,2"], 2, &["0-7"]),
+    row("a reversed range", &["--shards", "7-0"], 2, &["write 0-7"]),
+    row(
+        "a duplicate",
+        &["--shards", "1,0-3"],
+        2,
+        &["shard 1", "twice"],
+    ),
+    row(
+        "a shard that no topic has",
+        &["--shards", "0-99999999999"],
+        2,
+        &["too large"],
+    ),
+    row(
+        "too many shards",
+        &["--shards", "0-65535"],
+        2,
+        &["too many"],
+    ),
+    row("no number", &["--shards", "all"], 2, &["`all`"]),
+    row(
+        "no workers",
+        &["--shards", "0-7", "--max-workers", "0"],
+        2,
+        &["--max-workers", "0"],
+    ),
+    row(
+        "no ingest workers",
+        &["--shards", "0-7", "--ingest-workers", "0"],
+        2,
+        &["--ingest-workers"],
+    ),
+    row("an unknown flag", &["--shard", "0-7"], 2, &["--shard"]),
+    row("a flag without its value", &["--shards"], 2, &["--shards"]),
+    row(
+        "a stranger behind the flags",
+        &["--shards", "0-7", "now"],
+        2,
+        &["now"],
+    ),
+    row(
+        "no shards at all",
+        &[],
+        78,
+        &["supervision.shards", "--shards 0-7"],
+    ),
+    row(
+        "a file that is not there",
+        &["--shards", "0-7", "--config", "/nonexistent/spanbuf.toml"],
+        78,
+        &["/nonexistent/spanbuf.toml", "cannot be read"],
+    ),
+    row(
+        "a file that is a folder",
+        &["--shards", "0-7", "--config", "/proc"],
+        78,
+        &["/proc", "cannot be read"],
+    ),
+    Row {
+        name: "unknown and wrong keys, all at once",
+        arguments: &["--shards", "0-7"],
+        variables: &[
+            ("SPANBUF_KAFKA__GRUOP", "a"),
+            ("SPANBUF_BUFFER__TIMEOUT", "soon"),
+            ("SPANBUF_FLUSH__MAX_FLUSH_SEGMENTS", "0"),
+        ],
+        code: 78,
+        says: &["SPANBUF_KAFKA__GROUP?", "`soon`", "`0`"],
+    },
+    Row {
+        name: "values that contradict",
+        arguments: &["--shards", "0-7"],
+        variables: &[("SPANBUF_KAFKA__OUTPUT_TOPICS", "ingest-spans")],
+        code: 78,
+        says: &["kafka.input_topic"],
+    },
+    Row {
+        name: "a key whose feature does not exist yet",
+        arguments: &["--shards", "0-7"],
+        variables: &[("SPANBUF_REDIS__CLUSTER", "true")],
+        code: 78,
+        says: &["SPANBUF_REDIS__CLUSTER"],
+    },
+];
+
+#[test]
+fn wrong_flags_and_configurations_are_refused_and_say_how_to_mend_them() {
+    assert_eq!(ROWS.len(), 18);
+    for Row {
+        name,
+        arguments,
+        variables,
+        code,
+        says,
+    } in ROWS
+    {
+        for check in [false, true] {
+            let mut arguments = arguments.to_vec();
+            if check {
+                arguments.insert(0, "--check");
+            }
+            let Run { status, text } = run("supervisor", &arguments, variables, LONG).unwrap();
+            assert_eq!(status.code(), Some(code), "{name}: {text}");
+            assert!(
+                says.iter().all(|said| text.contains(said)),
+                "{name}: {text}"
+            );
+            assert!(
+                code != 2 || text.trim_end().lines().count() == 1,
+                "{name}: {text}"
+            );
+        }
+    }
+}
+
+/// Starts a supervisor that is to be refused; gives what it said.
+fn refused(plan: SupervisorPlan, says: &[&str]) -> String {
+    let mut supervisor = Supervisor::start(plan).unwrap();
+    let status = supervisor.wait_exit(LONG).unwrap();
+    let log = supervisor.log();
+    assert_eq!(status.code(), Some(78), "{log}");
+    assert!(
+        says.iter().all(|said| log.contains(said)),
+        "{says:?} not in\n{log}"
+    );
+    log
+}
+
+#[test]
+fn a_redis_that_would_lose_spans_is_refused() {
+    let kafka = Kafka::mock(SHARDS).unwrap();
+    let redis =
+        Redis::start_with(&[("maxmemory", "50mb"), ("maxmemory-policy", "allkeys-lru")]).unwrap();
+    refused(
+        SupervisorPlan::new(SHARDS, &kafka.brokers(), &redis.address()),
+        &["allkeys-lru", "noeviction", &redis.address()],
+    );
+}
+
+#[test]
+fn a_redis_that_is_too_old_is_refused() {
+    // No such server is to be had: this one says that it is one, and nothing else.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            std::thread::spawn(move || {
+                let mut stream = stream;
+                let about = "redis_version:6.0.16\r\nmaxmemory:0\r\nrole:master\r\n";
+                while stream.read(&mut [0; 1_024]).is_ok_and(|read| read > 0) {
+                    drop(write!(stream, "${}\r\n{about}\r\n", about.len()));
+                }
+            });
+        }
+    });
+    let kafka = Kafka::mock(SHARDS).unwrap();
+    refused(
+        SupervisorPlan::new(SHARDS, &kafka.brokers(), &address),
+        &["6.0.16", "6.2", &address],
+    );
+}
+
+#[test]
+fn missing_topics_and_partitions_are_refused_and_a_low_limit_is_obeyed() {
+    let kafka = RealKafka::start(SHARDS).unwrap();
+    let redis = Redis::start().unwrap();
+    let plan = |settings: &str| SupervisorPlan {
+        settings: settings.into(),
+        ..SupervisorPlan::new(SHARDS, &kafka.brokers(), &redis.address())
+    };
+    refused(
+        plan("kafka.input_topic = \"nowhere\""),
+        &["topic=nowhere", "kafka.input_topic"],
+    );
+    refused(
+        plan("kafka.output_topics = [\"buffered-segments\", \"nowhere\"]"),
+        &["topic=nowhere", "kafka.output_topics"],
+    );
+    refused(
+        plan("kafka.input_dlq = \"nowhere\""),
+        &["topic=nowhere", "kafka.input_dlq"],
+    );
+    refused(
+        SupervisorPlan::new(SHARDS + 1, &kafka.brokers(), &redis.address()),
+        &["partition=4", "--shards"],
+    );
+    let check = |arguments: &[&str], variables: &[(&str, &str)]| {
+        let brokers = kafka.brokers();
+        let address = redis.address();
+        let own = [
+            ("SPANBUF_KAFKA__BROKERS", brokers.as_str()),
+            ("SPANBUF_REDIS__NODES", address.as_str()),
+        ];
+        run(
+            "supervisor",
+            arguments,
+            &[&own[..], variables].concat(),
+            LONG,
+        )
+        .unwrap()
+    };
+    let good = check(&["--check", "--shards", "0-3"], &[]);
+    assert_eq!(good.status.code(), Some(0), "{}", good.text);
+    assert!(
+        good.text.contains("kafka.group") && good.text.contains("ok: ingest-spans"),
+        "{}",
+        good.text
+    );
+    let bad = check(
+        &["--check", "--shards", "0-3"],
+        &[("SPANBUF_KAFKA__INPUT_TOPIC", "nowhere")],
+    );
+    assert_eq!(bad.status.code(), Some(78), "{}", bad.text);
+    assert!(bad.text.contains("not ok: nowhere"), "{}", bad.text);
+
+    // The broker's own topics take a megabyte: less than ours.
+    let mut world = World::new(Kafka::Real(kafka));
+    world.start();
+    world.send(&traffic(5, 500, 1));
+    world.await_all();
+    assert!(
+        world
+            .log()
+            .contains("topic=buffered-segments takes messages of bytes=1048588"),
+        "{}",
+        world.log()
+    );
+    world.settle_exact();
+}
+
+#[test]
+fn a_topic_of_small_messages_gets_segments_in_parts_and_large_spans_as_dead_letters() {
+    let kafka = RealKafka::start(SHARDS).unwrap();
+    kafka
+        .create_topic("small", SHARDS, &[("max.message.bytes", "50000")])
+        .unwrap();
+    let mut world = World::new(Kafka::Real(kafka));
+    world.plan.settings = settings("kafka.output_topics = [\"small\"]\n");
+    world.read_from("small");
+    world.start();
+    let now = Clock::wall_now();
+    let trace = "e".repeat(32);
+    let many: Vec<_> = (1..200_u64)
+        .map(|id| {
+            crate::world::message(
+                0,
+                now,
+                crate::world::span(&trace, &format!("{id:016x}"), Some("r"), id, 500),
+            )
+        })
+        .collect();
+    world.send(&many);
+    // Alone over the limit: it goes to the dead letters of the output, counted.
+    let large = crate::world::span(&"f".repeat(32), "1", None, 500, 120_000);
+    world.send_raw(1, now, Some(&incompressible(large)));
+    world.await_all();
+    let mut reader =
+        stand::topics::Reader::new(&world.kafka.brokers(), stand::kafka::OUTPUT_DLQ).unwrap();
+    reader
+        .read_until(LONG, "the large span", |letters| !letters.is_empty())
+        .unwrap();
+    let letters = reader.take();
+    assert_eq!(
+        (
+            letters.len(),
+            letters[0].header("dropped"),
+            letters[0].header("source_topic")
+        ),
+        (1, Some(&b"too_large"[..]), Some(&b"small"[..]))
+    );
+    assert!(
+        world.output.len() > 2
+            && world
+                .output
+                .iter()
+                .all(|message| message.payload.as_ref().unwrap().len() <= 50_000)
+    );
+    world.settle_exact();
+    let mut connection = world.redis.connection().unwrap();
+    let dropped: u64 = redis::cmd("HGET")
+        .arg("span-buf:{1.0}:sum")
+        .arg("dropped:too_large")
+        .query(&mut connection)
+        .unwrap();
+    assert_eq!(dropped, 1);
+}
+
+/// The broker's limit is that of the compressed batch: the padding becomes hex noise.
+fn incompressible(span: Vec<u8>) -> Vec<u8> {
+    let mut rng = stand::rng::Rng::new(7);
+    let text = String::from_utf8(span).unwrap();
+    let noise: String = (0..120_000 / 16)
+        .map(|_| format!("{:016x}", rng.bits()))
+        .collect();
+    text.replace(&"x".repeat(120_000), &noise).into_bytes()
+}
+
+/// Waits until the log says that something is away, with its address.
+fn await_said(world: &World, said: &[&str]) {
+    stand::eventually(
+        Duration::from_secs(15),
+        &format!("{said:?} in the log"),
+        || {
+            let log = world.log();
+            log.lines()
+                .any(|line| said.iter().all(|said| line.contains(said)))
+                .then_some(())
+        },
+    );
+}
+
+#[test]
+fn a_redis_that_is_away_or_read_only_at_the_start_is_waited_for() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.plan.redis = world.redis.address();
+    let address = world.redis.address();
+    world.redis.stop().unwrap();
+    world.start();
+    await_said(&world, &["check redis failed", &address]);
+    let workers = world.workers();
+    // Said again, ten seconds later.
+    stand::eventually(Duration::from_secs(30), "a second word", || {
+        (world.log().matches("check redis failed").count() > 2 * workers.len()).then_some(())
+    });
+    world.redis.restart_empty().unwrap();
+    redis::cmd("REPLICAOF")
+        .arg("127.0.0.1")
+        .arg(1)
+        .exec(&mut world.redis.connection().unwrap())
+        .unwrap();
+    await_said(&world, &["read-only", &address]);
+    redis::cmd("REPLICAOF")
+        .arg("NO")
+        .arg("ONE")
+        .exec(&mut world.redis.connection().unwrap())
+        .unwrap();
+    world.send(&traffic(6, 500, 1));
+    world.await_all();
+    assert_eq!(
+        world.workers(),
+        workers,
+        "nobody died meanwhile\n{}",
+        world.log()
+    );
+    world.settle_exact();
+}
+
+#[test]
+fn a_kafka_that_is_away_at_the_start_is_waited_for() {
+    let kafka = stand::kafka::MockKafka::start(SHARDS).unwrap();
+    let brokers = kafka.brokers();
+    let mut world = World::new(Kafka::Mock(kafka));
+    let down = |world: &World| {
+        if let Kafka::Mock(mock) = &world.kafka {
+            mock.down().unwrap()
+        }
+    };
+    down(&world);
+    world.start();
+    await_said(&world, &["find input topic failed", &brokers]);
+    await_said(&world, &["find output topic failed", &brokers]);
+    let workers = world.workers();
+    if let Kafka::Mock(mock) = &world.kafka {
+        mock.up().unwrap();
+    }
+    world.send(&traffic(7, 500, 1));
+    world.await_all();
+    assert_eq!(
+        world.workers(),
+        workers,
+        "nobody died meanwhile\n{}",
+        world.log()
+    );
+    world.settle_exact();
+    assert!(!world.output.is_empty());
+}

@@ -1,0 +1,239 @@
+//! Time: lag, late spans, shards with different clocks; and segments that are too large for a message.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use shared::time::{Clock, UnixMillis};
+use stand::{
+    kafka::{INPUT, Kafka},
+    traffic::SpanMessage,
+};
+
+use crate::world::{SHARDS, World, message, span};
+
+const ROOT: &str = "00000000000000aa";
+
+fn ago(length: Duration) -> UnixMillis {
+    UnixMillis(Clock::wall_now().0 - u64::try_from(length.as_millis()).unwrap())
+}
+
+/// A trace's root and two children, each two seconds of message time behind the other.
+fn slow_trace(trace: &str, partition: u32, begin: UnixMillis, serial: u64) -> Vec<SpanMessage> {
+    let child = |index: u64| {
+        span(
+            trace,
+            &format!("{index:016x}"),
+            Some(ROOT),
+            serial + index,
+            10,
+        )
+    };
+    let at = |seconds| begin.after(Duration::from_secs(seconds));
+    vec![
+        message(partition, at(0), child(1)),
+        message(partition, at(2), child(2)),
+        message(partition, at(4), span(trace, ROOT, None, serial, 10)),
+    ]
+}
+
+/// Messages of the output for each trace.
+fn segments(world: &World) -> BTreeMap<String, usize> {
+    let mut segments = BTreeMap::new();
+    for message in &world.output {
+        let segment: serde_json::Value =
+            serde_json::from_slice(message.payload.as_deref().unwrap()).unwrap();
+        *segments
+            .entry(segment["spans"][0]["trace_id"].as_str().unwrap().to_owned())
+            .or_default() += 1;
+    }
+    segments
+}
+
+#[test]
+fn a_restart_under_an_hour_of_lag_splits_no_segment() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    // Of every trace a part is in Redis when all is restarted; the rest comes after it, an hour late as well.
+    let begin = ago(Duration::from_secs(3_600));
+    let traces: Vec<Vec<SpanMessage>> = (0..40_u32)
+        .map(|index| {
+            slow_trace(
+                &format!("{index:032x}"),
+                index % SHARDS,
+                begin,
+                1_000 + 10 * u64::from(index),
+            )
+        })
+        .collect();
+    let part = |parts: std::ops::Range<usize>| {
+        traces
+            .iter()
+            .flat_map(|trace| trace[parts.clone()].to_vec())
+            .collect::<Vec<_>>()
+    };
+    world.start();
+    world.send(&part(0..1));
+    await_inserted(&world, 40);
+    world.drain();
+    world.send(&part(1..3));
+    world.start();
+    world.await_all();
+    world.settle_exact();
+    assert!(
+        segments(&world).values().all(|&count| count == 1),
+        "{:?}",
+        segments(&world)
+    );
+}
+
+fn await_inserted(world: &World, spans: u64) {
+    stand::eventually(crate::world::LONG, "spans in redis", || {
+        let mut connection = world.redis.connection().unwrap();
+        let inserted: u64 = (0..SHARDS)
+            .map(|shard| {
+                redis::cmd("HGET")
+                    .arg(format!("span-buf:{{{shard}.0}}:pos"))
+                    .arg("spans")
+                    .query::<Option<u64>>(&mut connection)
+                    .unwrap()
+                    .unwrap_or(0)
+            })
+            .sum();
+        (inserted >= spans).then_some(())
+    });
+}
+
+#[test]
+fn shards_at_different_lags_do_not_disturb_each_other() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    let begin = [0, 60, 3_600, 86_400].map(|lag| ago(Duration::from_secs(lag + 5)));
+    world.start();
+    for (shard, begin) in (0..SHARDS).zip(begin) {
+        let traces: Vec<SpanMessage> = (0..10_u64)
+            .flat_map(|index| {
+                slow_trace(
+                    &format!("{:032x}", u64::from(shard) * 100 + index),
+                    shard,
+                    begin,
+                    10_000 * u64::from(shard + 1) + 10 * index,
+                )
+            })
+            .collect();
+        world.send(&traces);
+    }
+    world.await_all();
+    world.settle_exact();
+    assert_eq!(segments(&world).len(), 40);
+    assert!(
+        segments(&world).values().all(|&count| count == 1),
+        "{:?}",
+        segments(&world)
+    );
+}
+
+#[test]
+fn spans_that_come_after_their_segment_form_one_under_its_id() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    let trace = "0000000000000000000000000000beef";
+    world.send(&slow_trace(trace, 1, ago(Duration::from_secs(4)), 1));
+    world.await_all();
+    world.send(&[message(
+        1,
+        Clock::wall_now(),
+        span(trace, "00000000000000ff", Some(ROOT), 99, 10),
+    )]);
+    world.await_all();
+    world.settle_exact();
+    let late: serde_json::Value =
+        serde_json::from_slice(world.output.last().unwrap().payload.as_deref().unwrap()).unwrap();
+    assert_eq!(
+        late["spans"][0]["attributes"]["sentry.segment.id"]["value"], ROOT,
+        "{late}"
+    );
+    assert_eq!(late["spans"][0]["is_segment"], false, "{late}");
+}
+
+#[test]
+fn a_segment_over_ten_mebibytes_comes_in_parts() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    let trace = "0000000000000000000000000000cafe";
+    let now = ago(Duration::from_secs(1));
+    let mut messages: Vec<SpanMessage> = (1..=120_u64)
+        .map(|index| {
+            message(
+                2,
+                now,
+                span(trace, &format!("{index:016x}"), Some(ROOT), index, 100_000),
+            )
+        })
+        .collect();
+    messages.push(message(2, now, span(trace, ROOT, None, 0, 10)));
+    world.send(&messages);
+    world.await_all();
+    world.settle_exact();
+    let sizes: Vec<usize> = world
+        .output
+        .iter()
+        .map(|message| message.payload.as_deref().unwrap().len())
+        .collect();
+    assert!(
+        sizes.len() >= 2 && sizes.iter().all(|&size| size <= 10 << 20),
+        "{sizes:?}"
+    );
+    let cut = world
+        .output
+        .iter()
+        .filter(|message| message.header("parts") != Some(b"1"));
+    for message in cut {
+        let part: serde_json::Value =
+            serde_json::from_slice(message.payload.as_deref().unwrap()).unwrap();
+        assert_eq!(part["skip_enrichment"], true);
+    }
+}
+
+#[test]
+fn a_gap_in_the_input_is_counted_and_passed() {
+    let kafka = stand::kafka::RealKafka::start(SHARDS).unwrap();
+    let mut world = World::new(Kafka::Real(kafka));
+    world.start();
+    let first: Vec<SpanMessage> = slow_trace(
+        "0000000000000000000000000000aaaa",
+        0,
+        ago(Duration::from_secs(5)),
+        1,
+    );
+    world.send(&first);
+    world.await_all();
+    world.drain();
+    let lost: Vec<SpanMessage> = slow_trace(
+        "0000000000000000000000000000bbbb",
+        0,
+        ago(Duration::from_secs(5)),
+        101,
+    );
+    for message in &lost {
+        world.send_raw(0, message.arrival, Some(&message.payload));
+    }
+    match &world.kafka {
+        Kafka::Real(kafka) => kafka.delete_before(INPUT, 0, 5).unwrap(),
+        Kafka::Mock(_) => panic!("a real broker was started"),
+    }
+    world.start();
+    world.send(&slow_trace(
+        "0000000000000000000000000000cccc",
+        0,
+        ago(Duration::from_secs(5)),
+        201,
+    ));
+    // The last of the three before the gap's end was not deleted, and nobody knows of it here.
+    world.ledger.sent(&lost[2].payload).unwrap();
+    world.await_all();
+    world.settle_exact();
+    let mut connection = world.redis.connection().unwrap();
+    let missing: u64 = redis::cmd("HGET")
+        .arg("span-buf:{0.0}:sum")
+        .arg("offset_out_of_range")
+        .query(&mut connection)
+        .unwrap();
+    assert_eq!(missing, 2);
+}

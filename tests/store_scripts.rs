@@ -1,0 +1,420 @@
+//! Random steps of all scripts against a model of one bucket.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use redis::Connection;
+use shared::{
+    config::Redis as RedisConfig,
+    ids::{ProjectId, TraceId},
+    shard::{BucketId, ShardId},
+    time::UnixMillis,
+};
+use stand::{redis::Redis, rng::Rng};
+use store::{
+    client::{Client, Command, reply},
+    keys::{Bucket, Member, journal_key, position_key, queue_key, sum_key},
+    scripts::{ClearCall, ClearReply, FieldOut, PositionCall, PositionReply, QueueCall, QueueMode},
+};
+
+const BUCKET: Bucket = Bucket {
+    shard: ShardId(3),
+    bucket: BucketId(0),
+};
+const NEIGHBOUR: Bucket = Bucket {
+    shard: ShardId(4),
+    bucket: BucketId(0),
+};
+const TTL: Duration = Duration::from_secs(1_000);
+const REASONS: [&str; 2] = ["corrupt", "too_large"];
+
+pub(crate) fn client(redis: &Redis, timeout: Duration) -> Client {
+    Client::new(&config(redis, timeout)).unwrap()
+}
+
+pub(crate) fn config(redis: &Redis, timeout: Duration) -> RedisConfig {
+    let environment = [
+        ("SPANBUF_REDIS__NODES".into(), redis.address().into()),
+        ("SPANBUF_SUPERVISION__SHARDS".into(), "0-7".into()),
+    ];
+    let config =
+        shared::config::Config::load(None, environment.into_iter(), &Default::default()).unwrap();
+    RedisConfig {
+        timeout,
+        ..config.redis
+    }
+}
+
+/// What one bucket should hold.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Model {
+    journals: BTreeMap<u64, BTreeMap<Vec<u8>, Vec<u8>>>,
+    queue: BTreeMap<u64, u64>,
+    sum: BTreeMap<String, u64>,
+    position: Option<(u64, u64, u64)>,
+}
+
+fn member(trace: u64) -> Member {
+    Member::new(
+        ProjectId(7),
+        &TraceId::new(format!("trace-{trace}").as_bytes()),
+    )
+}
+
+impl Model {
+    fn score(&self, trace: u64) -> Option<UnixMillis> {
+        self.queue.get(&trace).copied().map(UnixMillis)
+    }
+
+    fn lower(&mut self, trace: u64, score: u64) {
+        let stands = self.queue.entry(trace).or_insert(score);
+        *stands = (*stands).min(score);
+    }
+
+    fn clear(&mut self, trace: u64, call: &ClearCall) -> ClearReply {
+        let journal = self.journals.entry(trace).or_default();
+        let mut removed = 0;
+        for out in &call.fields {
+            if journal.remove(&out.field).is_none() {
+                continue;
+            }
+            removed += 1;
+            let dropped = out
+                .dropped
+                .iter()
+                .map(|(reason, spans)| (format!("dropped:{reason}"), *spans));
+            for (name, amount) in [
+                ("produced".to_owned(), out.produced),
+                ("repeats".to_owned(), out.repeats),
+            ]
+            .into_iter()
+            .chain(dropped)
+            {
+                if amount > 0 {
+                    *self.sum.entry(name).or_default() += amount;
+                }
+            }
+        }
+        let left = u64::try_from(journal.len()).unwrap();
+        if left == 0 {
+            self.journals.remove(&trace);
+            self.queue.remove(&trace);
+        } else if let Some(next_look) = call.next_look {
+            self.lower(trace, next_look.0);
+        }
+        ClearReply {
+            removed,
+            left,
+            score: self.score(trace),
+        }
+    }
+
+    /// What Redis holds of the same bucket.
+    fn read(connection: &mut Connection) -> Self {
+        let mut model = Self::default();
+        for trace in 0..4 {
+            let journal: BTreeMap<Vec<u8>, Vec<u8>> = redis::cmd("HGETALL")
+                .arg(journal_key(BUCKET, &member(trace)))
+                .query(connection)
+                .unwrap();
+            if !journal.is_empty() {
+                model.journals.insert(trace, journal);
+            }
+            let score: Option<f64> = redis::cmd("ZSCORE")
+                .arg(queue_key(BUCKET))
+                .arg(member(trace).as_bytes())
+                .query(connection)
+                .unwrap();
+            if let Some(score) = score {
+                model
+                    .queue
+                    .insert(trace, format!("{score:.0}").parse().unwrap());
+            }
+        }
+        model.sum = redis::cmd("HGETALL")
+            .arg(sum_key(BUCKET))
+            .query(connection)
+            .unwrap();
+        let position: BTreeMap<String, String> = redis::cmd("HGETALL")
+            .arg(position_key(BUCKET))
+            .query(connection)
+            .unwrap();
+        let number = |name: &str| position.get(name).map(|text| text.parse::<u64>().unwrap());
+        model.position =
+            number("next").map(|next| (next, number("clock").unwrap(), number("spans").unwrap()));
+        model
+    }
+}
+
+/// The TTL of a key, if it is there.
+fn ttl(connection: &mut Connection, key: &[u8]) -> Option<Duration> {
+    let left: i64 = redis::cmd("PTTL").arg(key).query(connection).unwrap();
+    match left {
+        -2 => None,
+        left => Some(Duration::from_millis(
+            u64::try_from(left).expect("every key of a bucket has a TTL"),
+        )),
+    }
+}
+
+fn assert_ttl(connection: &mut Connection, key: &[u8], expected: Duration) {
+    if let Some(left) = ttl(connection, key) {
+        assert!(
+            left <= expected && left > expected - Duration::from_secs(60),
+            "{}: {left:?} of {expected:?}",
+            key.escape_ascii()
+        );
+    }
+}
+
+#[test]
+fn scripts_do_what_the_model_does() {
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(5));
+    let mut connection = redis.connection().unwrap();
+    let mut plant = |key: Vec<u8>| {
+        redis::cmd("SET")
+            .arg(key)
+            .arg("untouched")
+            .exec(&mut redis.connection().unwrap())
+            .unwrap()
+    };
+    let bystanders = [
+        queue_key(NEIGHBOUR),
+        position_key(NEIGHBOUR),
+        sum_key(NEIGHBOUR),
+        journal_key(NEIGHBOUR, &member(0)),
+        b"foreign".to_vec(),
+    ];
+    bystanders.iter().cloned().for_each(&mut plant);
+
+    let seed = 20_261_124;
+    let mut rng = Rng::new(seed);
+    let mut model = Model::default();
+    for step in 0..3_000 {
+        let context = format!("seed {seed} step {step}");
+        let trace = rng.below(4);
+        match rng.below(5) {
+            0 => insert(&mut client, &mut model, &mut rng, trace),
+            1 => position(&mut client, &mut model, &mut rng, &context),
+            2 => queue(&mut client, &mut model, &mut rng, &context),
+            _ => clear(&mut client, &mut model, &mut rng, trace, &context),
+        }
+        assert_eq!(Model::read(&mut connection), model, "{context}");
+        if step % 50 == 0 {
+            for key in [queue_key(BUCKET), position_key(BUCKET), sum_key(BUCKET)] {
+                assert_ttl(&mut connection, &key, 2 * TTL);
+            }
+        }
+    }
+    for key in bystanders {
+        let value: String = redis::cmd("GET").arg(&key).query(&mut connection).unwrap();
+        assert_eq!(
+            (&value[..], ttl_raw(&mut connection, &key)),
+            ("untouched", -1),
+            "{}",
+            key.escape_ascii()
+        );
+    }
+}
+
+fn ttl_raw(connection: &mut Connection, key: &[u8]) -> i64 {
+    redis::cmd("PTTL").arg(key).query(connection).unwrap()
+}
+
+fn insert(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64) {
+    let entries: Vec<(Vec<u8>, Vec<u8>)> = (0..=rng.below(3))
+        .map(|_| {
+            (
+                vec![u8::try_from(rng.below(6)).unwrap(), 0, b'{'],
+                rng.bits().to_be_bytes().to_vec(),
+            )
+        })
+        .collect();
+    let score = 1_000 + rng.below(1_000);
+    let commands = [
+        Command::insert(BUCKET, &member(trace), &entries),
+        Command::expire_journal(BUCKET, &member(trace), TTL),
+        Command::entries(BUCKET, &member(trace)),
+        Command::enqueue(BUCKET, &[(member(trace), UnixMillis(score))]),
+    ];
+    let replies: Vec<_> = client
+        .run(&commands)
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    let journal = model.journals.entry(trace).or_default();
+    journal.extend(entries);
+    assert_eq!(
+        reply::count(&replies[2]),
+        u64::try_from(journal.len()).unwrap()
+    );
+    model.lower(trace, score);
+    let renewed: Vec<Command> = Command::renew(BUCKET, TTL).into();
+    client
+        .run(&renewed)
+        .into_iter()
+        .for_each(|reply| drop(reply.unwrap()));
+}
+
+fn position(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
+    let stands = model.position.map(|(next, ..)| next);
+    let before = if rng.chance(700) {
+        stands
+    } else {
+        Some(rng.below(50)).filter(|_| rng.chance(500))
+    };
+    let (next, clock, spans) = (
+        before.unwrap_or(0) + rng.below(5),
+        rng.below(1 << 50),
+        rng.below(10),
+    );
+    let call = PositionCall {
+        bucket: BUCKET,
+        before,
+        next,
+        clock: UnixMillis(clock),
+        spans,
+        instance: "i",
+        ttl: TTL,
+        counts: &[],
+    };
+    let reply = PositionReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
+    if before == stands {
+        let inserted = model.position.map_or(0, |(.., spans)| spans);
+        model.position = Some((next, clock, inserted + spans));
+        assert_eq!(reply, PositionReply::Written, "{context}");
+    } else {
+        assert_eq!(reply, PositionReply::Stands(stands), "{context}");
+    }
+}
+
+fn queue(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
+    let mode = if rng.chance(500) {
+        QueueMode::Lift
+    } else {
+        QueueMode::Lower
+    };
+    let members: BTreeMap<u64, u64> = (0..rng.below(3))
+        .map(|_| (rng.below(4), 500 + rng.below(2_000)))
+        .collect();
+    let before = model.queue.clone();
+    for (&trace, &score) in &members {
+        match mode {
+            QueueMode::Lift => drop(model.queue.get_mut(&trace).map(|stands| *stands = score)),
+            QueueMode::Lower => model.lower(trace, score),
+        }
+    }
+    let changed = model
+        .queue
+        .iter()
+        .filter(|(trace, score)| before.get(trace) != Some(score))
+        .count();
+    let members = members
+        .into_iter()
+        .map(|(trace, score)| (member(trace), UnixMillis(score)))
+        .collect();
+    let call = QueueCall {
+        bucket: BUCKET,
+        ttl: TTL,
+        mode,
+        members,
+    };
+    let reply = client.run(&[call.command()]).remove(0);
+    if call.members.is_empty() {
+        assert_eq!(reply::count(&reply.unwrap()), 0, "{context}");
+    } else {
+        assert_eq!(
+            reply::count(&reply.unwrap()),
+            u64::try_from(changed).unwrap(),
+            "{context}"
+        );
+    }
+}
+
+fn clear(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64, context: &str) {
+    let field = |rng: &mut Rng| FieldOut {
+        field: vec![u8::try_from(rng.below(6)).unwrap(), 0, b'{'],
+        produced: rng.below(4),
+        repeats: rng.below(2),
+        dropped: REASONS
+            .iter()
+            .filter_map(|reason| Some((*reason, 1 + rng.below(3))).filter(|_| rng.chance(200)))
+            .collect::<Vec<_>>(),
+    };
+    let fields: Vec<FieldOut> = (0..rng.below(5)).map(|_| field(rng)).collect();
+    let next_look = rng.chance(600).then(|| UnixMillis(700 + rng.below(1_000)));
+    let call = ClearCall {
+        bucket: BUCKET,
+        member: member(trace),
+        ttl: TTL,
+        next_look,
+        fields,
+    };
+    let expected = model.clear(trace, &call);
+    let reply = ClearReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
+    assert_eq!(reply, expected, "{context}");
+    if rng.chance(300) {
+        // Not answered, and so repeated: nothing is counted twice.
+        let again = ClearReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
+        assert_eq!(again, model.clear(trace, &call), "{context}");
+    }
+}
+
+#[test]
+fn many_members_and_fields_go_in_one_call() {
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(5));
+    let members: Vec<(Member, UnixMillis)> = (0..10_001)
+        .map(|trace| (member(trace), UnixMillis(trace)))
+        .collect();
+    let call = QueueCall {
+        bucket: BUCKET,
+        ttl: TTL,
+        mode: QueueMode::Lower,
+        members,
+    };
+    assert_eq!(
+        reply::count(&client.run(&[call.command()]).remove(0).unwrap()),
+        10_001
+    );
+    let entries: Vec<(Vec<u8>, Vec<u8>)> = (0..9_000_u32)
+        .map(|field| (field.to_be_bytes().to_vec(), vec![1]))
+        .collect();
+    client
+        .run(&[Command::insert(BUCKET, &member(1), &entries)])
+        .remove(0)
+        .unwrap();
+    let fields = entries
+        .iter()
+        .map(|(field, _)| FieldOut {
+            field: field.clone(),
+            produced: 1,
+            repeats: 0,
+            dropped: vec![("corrupt", 2)],
+        })
+        .collect();
+    let call = ClearCall {
+        bucket: BUCKET,
+        member: member(1),
+        ttl: TTL,
+        next_look: None,
+        fields,
+    };
+    let reply = ClearReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
+    assert_eq!(
+        reply,
+        ClearReply {
+            removed: 9_000,
+            left: 0,
+            score: None
+        }
+    );
+    let sum = reply::counters(&client.run(&[Command::sum(BUCKET)]).remove(0).unwrap());
+    assert_eq!(
+        BTreeMap::from_iter(sum),
+        BTreeMap::from([
+            ("produced".to_owned(), 9_000),
+            ("dropped:corrupt".to_owned(), 18_000)
+        ])
+    );
+}

@@ -1,0 +1,327 @@
+//! A Kafka, a Redis behind a proxy, a supervisor with its workers, and both sides of the ledger.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use nix::sys::signal::Signal;
+use shared::time::{Clock, UnixMillis};
+use stand::{
+    eventually,
+    kafka::{INPUT, Kafka, OUTPUT},
+    launch::{Supervisor, SupervisorPlan, Worker},
+    ledger::{Balance, Ledger},
+    proxy::Proxy,
+    redis::Redis,
+    topics::{Message, Producer, Reader, Record},
+    traffic::{SpanMessage, Traffic, TrafficPlan},
+};
+
+pub(crate) const SHARDS: u32 = 4;
+/// How long anything may take that has no reason to take long: two shared cores.
+pub(crate) const LONG: Duration = Duration::from_secs(90);
+
+/// Everything of one test. Dropped in this order: the supervisor first.
+pub(crate) struct World {
+    supervisor: Option<Supervisor>,
+    pub(crate) plan: SupervisorPlan,
+    pub(crate) proxy: Proxy,
+    pub(crate) redis: Redis,
+    pub(crate) ledger: Ledger,
+    pub(crate) output: Vec<Message>,
+    reader: Reader,
+    producer: Producer,
+    pub(crate) kafka: Kafka,
+}
+
+impl World {
+    /// Starts all but the supervisor. Timeouts are a second with a root, three without.
+    pub(crate) fn new(kafka: Kafka) -> Self {
+        let redis = Redis::start().unwrap();
+        let proxy = Proxy::start(&redis.address()).unwrap();
+        let mut plan = SupervisorPlan::new(SHARDS, &kafka.brokers(), &proxy.address());
+        plan.max_workers = 2;
+        plan.settings = settings("");
+        let producer = Producer::new(&kafka.brokers()).unwrap();
+        let reader = Reader::new(&kafka.brokers(), OUTPUT).unwrap();
+        Self {
+            supervisor: None,
+            plan,
+            proxy,
+            redis,
+            ledger: Ledger::new(),
+            output: Vec::new(),
+            reader,
+            producer,
+            kafka,
+        }
+    }
+
+    pub(crate) fn start(&mut self) -> &mut Supervisor {
+        assert!(self.supervisor.is_none(), "one supervisor at a time");
+        self.supervisor
+            .insert(Supervisor::start(self.plan.clone()).unwrap())
+    }
+
+    pub(crate) fn supervisor(&mut self) -> &mut Supervisor {
+        self.supervisor.as_mut().expect("started")
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.supervisor
+            .as_ref()
+            .map_or_else(String::new, Supervisor::log)
+    }
+
+    /// Reads the output from another topic.
+    pub(crate) fn read_from(&mut self, topic: &str) {
+        self.reader = Reader::new(&self.kafka.brokers(), topic).unwrap();
+    }
+
+    /// All workers at this moment, once there are as many as the plan says.
+    pub(crate) fn workers(&self) -> Vec<Worker> {
+        let supervisor = self.supervisor.as_ref().expect("started");
+        let wanted = usize::try_from(self.plan.max_workers + self.plan.ingest_workers).unwrap();
+        eventually(LONG, "all workers", || {
+            Some(supervisor.workers().unwrap()).filter(|workers| workers.len() == wanted)
+        })
+    }
+
+    /// The only worker of that role that has `shard`, once it is there.
+    pub(crate) fn worker(&mut self, role: &str, shard: u32) -> Worker {
+        let supervisor = self.supervisor.as_ref().expect("started");
+        eventually(LONG, &format!("a {role} worker of shard {shard}"), || {
+            let workers = supervisor.workers().unwrap();
+            workers
+                .into_iter()
+                .find(|worker| worker.role == role && holds(&worker.shards, shard))
+        })
+    }
+
+    pub(crate) fn send(&mut self, messages: &[SpanMessage]) {
+        self.ledger.sent_all(messages).unwrap();
+        for message in messages {
+            self.producer.send(INPUT, &message.record()).unwrap();
+        }
+        self.producer.flush(LONG).unwrap();
+    }
+
+    /// Sends a message that the ledger does not know of.
+    pub(crate) fn send_raw(&mut self, partition: i32, time: UnixMillis, payload: Option<&[u8]>) {
+        self.producer
+            .send(
+                INPUT,
+                &Record {
+                    partition,
+                    time: Some(time),
+                    payload,
+                    ..Record::default()
+                },
+            )
+            .unwrap();
+        self.producer.flush(LONG).unwrap();
+    }
+
+    /// Reads the output until every span that was sent came out.
+    pub(crate) fn await_all(&mut self) {
+        let begun = Clock::mono_now();
+        while !self.ledger.is_complete() {
+            self.read_some();
+            if Clock::mono_now().since(begun) > LONG {
+                panic!(
+                    "not all came out: {}\n{}",
+                    self.ledger.balance(),
+                    self.log()
+                );
+            }
+        }
+    }
+
+    /// Reads what comes within half a second.
+    pub(crate) fn read_some(&mut self) {
+        // It is late every time: nothing is ever enough.
+        drop(
+            self.reader
+                .read_until(Duration::from_millis(500), "", |_| false),
+        );
+        let came = self.reader.take();
+        self.ledger.read_output(&came);
+        self.output.extend(came);
+    }
+
+    /// Drains the supervisor: it ends well, and leaves nothing.
+    pub(crate) fn drain(&mut self) {
+        let mut supervisor = self.supervisor.take().expect("started");
+        let pid = supervisor.pid();
+        supervisor.signal(Signal::SIGTERM).unwrap();
+        let status = supervisor.wait_exit(LONG).unwrap();
+        assert_eq!(status.code(), Some(0), "{}", supervisor.log());
+        assert_no_board(pid);
+    }
+
+    /// Kills the supervisor; its workers die with it.
+    pub(crate) fn kill_supervisor(&mut self) {
+        let mut supervisor = self.supervisor.take().expect("started");
+        let workers = supervisor.workers().unwrap();
+        assert!(!workers.is_empty());
+        supervisor.kill().unwrap();
+        eventually(Duration::from_secs(5), "the end of all workers", || {
+            workers.iter().all(|worker| !worker.lives()).then_some(())
+        });
+    }
+
+    /// Drains, reads to the end, and proves that every span is accounted for, in the topics and in Redis.
+    pub(crate) fn settle(&mut self) -> Balance {
+        self.drain();
+        drop(self.reader.read_to_end(LONG).unwrap());
+        let came = self.reader.take();
+        self.ledger.read_output(&came);
+        self.output.extend(came);
+        let balance = self.ledger.balance();
+        assert!(balance.is_even(), "{balance}");
+        balance
+    }
+
+    /// As [`World::settle`]; no span came out twice.
+    pub(crate) fn settle_exact(&mut self) {
+        let balance = self.settle();
+        assert!(balance.is_exact(), "{balance}");
+        self.assert_store_is_even();
+    }
+
+    /// Inserted = produced + dropped + repeats, and nothing is left in Redis. Read without our own client.
+    pub(crate) fn assert_store_is_even(&self) {
+        let mut connection = self.redis.connection().unwrap();
+        for shard in 0..SHARDS {
+            let key = |what: &str| format!("span-buf:{{{shard}.0}}:{what}");
+            let spans: Option<u64> = redis::cmd("HGET")
+                .arg(key("pos"))
+                .arg("spans")
+                .query(&mut connection)
+                .unwrap();
+            let sum: BTreeMap<String, u64> = redis::cmd("HGETALL")
+                .arg(key("sum"))
+                .query(&mut connection)
+                .unwrap();
+            let queued: u64 = redis::cmd("ZCARD")
+                .arg(key("q"))
+                .query(&mut connection)
+                .unwrap();
+            let summed: u64 = sum
+                .iter()
+                .filter(|(name, _)| {
+                    name.as_str() != "offset_out_of_range" && !name.starts_with("refused:")
+                })
+                .map(|(_, amount)| amount)
+                .sum();
+            assert_eq!(
+                (spans.unwrap_or(0), queued),
+                (summed, 0),
+                "shard {shard}: {sum:?}"
+            );
+        }
+        let journals: Vec<String> = redis::cmd("KEYS")
+            .arg("span-buf:*:t:*")
+            .query(&mut connection)
+            .unwrap();
+        assert!(journals.is_empty(), "{journals:?}");
+    }
+
+    /// Every message holds to the published schema of the output.
+    pub(crate) fn assert_schema(&self) {
+        let schema = sentry_kafka_schemas::get_schema("buffered-segments", None).unwrap();
+        for message in &self.output {
+            let payload = message.payload.as_deref().unwrap();
+            if let Err(error) = schema.validate_json(payload) {
+                panic!(
+                    "{error:?}: {}",
+                    payload[..payload.len().min(2_000)].escape_ascii()
+                );
+            }
+        }
+    }
+}
+
+/// Settings of a test, with dotted keys.
+pub(crate) fn settings(more: &str) -> String {
+    format!(
+        "buffer.timeout = \"3s\"\nbuffer.root_timeout = \"1s\"\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\n{more}"
+    )
+}
+
+/// Traffic whose last span arrives now.
+pub(crate) fn traffic(seed: u64, spans: usize, first_serial: u64) -> Vec<SpanMessage> {
+    let now = Clock::wall_now();
+    let plan = TrafficPlan {
+        partitions: SHARDS,
+        start: now,
+        traces: u64::try_from(spans).unwrap(),
+        trace_gap: Duration::from_millis(5),
+        trace_length: Duration::from_secs(2),
+        late_by: Duration::from_secs(5),
+        payload_bytes: 600,
+        first_serial,
+        ..TrafficPlan::default()
+    };
+    let mut messages: Vec<SpanMessage> = Traffic::new(seed, plan).spans().take(spans).collect();
+    let last = messages
+        .iter()
+        .map(|message| message.arrival)
+        .max()
+        .unwrap();
+    for message in &mut messages {
+        message.arrival = UnixMillis(now.0 - (last.0 - message.arrival.0));
+    }
+    messages
+}
+
+/// A span with as little as the schema wants, and an optional padding in an attribute.
+pub(crate) fn span(
+    trace: &str,
+    id: &str,
+    parent: Option<&str>,
+    serial: u64,
+    padding: usize,
+) -> Vec<u8> {
+    let parent = parent.map_or("null".to_owned(), |parent| format!("\"{parent}\""));
+    format!(
+        r#"{{"organization_id":1,"project_id":1,"trace_id":"{trace}","span_id":"{id}","parent_span_id":{parent},"start_timestamp":1.5,"end_timestamp":2.5,"received":3.5,"retention_days":90,"status":"ok","name":"n","attributes":{{"spanbuf.serial":{{"type":"integer","value":{serial}}},"padding":{{"type":"string","value":"{}"}}}}}}"#,
+        "x".repeat(padding)
+    )
+    .into_bytes()
+}
+
+pub(crate) fn message(partition: u32, arrival: UnixMillis, payload: Vec<u8>) -> SpanMessage {
+    SpanMessage {
+        partition,
+        arrival,
+        serial: None,
+        payload,
+    }
+}
+
+fn holds(list: &str, shard: u32) -> bool {
+    list.parse::<shared::shard::ShardList>()
+        .is_ok_and(|list| list.iter().any(|held| held.0 == shard))
+}
+
+pub(crate) fn assert_no_board(pid: u32) {
+    let prefix = format!("spanbuf-{pid}-");
+    let left: Vec<_> = std::fs::read_dir("/dev/shm")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().into_string().ok())
+        .filter(|name| name.starts_with(&prefix))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Whether a Redis command is the call of a script on a key that ends so, or holds that.
+pub(crate) fn calls_script_on(part: &'static str) -> impl FnMut(&[&[u8]]) -> bool + Send + 'static {
+    move |arguments| {
+        let key = arguments.get(3).copied().unwrap_or_default();
+        arguments
+            .first()
+            .is_some_and(|name| name.eq_ignore_ascii_case(b"EVALSHA"))
+            && key
+                .windows(part.len())
+                .any(|window| window == part.as_bytes())
+    }
+}
