@@ -235,7 +235,7 @@ fn dead_letters(world: &World, wanted: usize) -> Vec<Message> {
     reader
         .read_until(LONG, "all dead letters", |letters| letters.len() >= wanted)
         .unwrap();
-    drop(reader.read_to_end(LONG).unwrap());
+    reader.read_to_end(LONG).unwrap();
     reader.take()
 }
 
@@ -380,7 +380,7 @@ fn self_parents_cycles_and_duplicate_ids_end_in_segments() {
             message(3, now, span(trace, id, parent, serial, 5))
         };
         let (own, cycle, twice) = (&"a".repeat(32), &"b".repeat(32), &"c".repeat(32));
-        let mut with_root = |id: &str, serial| {
+        let with_root = |id: &str, serial| {
             let text = String::from_utf8(span(twice, id, Some("p"), serial, 5)).unwrap();
             message(
                 3,

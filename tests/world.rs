@@ -171,7 +171,7 @@ impl World {
     /// Drains, reads to the end, and proves that every span is accounted for, in the topics and in Redis.
     pub(crate) fn settle(&mut self) -> Balance {
         self.drain();
-        drop(self.reader.read_to_end(LONG).unwrap());
+        self.reader.read_to_end(LONG).unwrap();
         let came = self.reader.take();
         self.ledger.read_output(&came);
         self.output.extend(came);
