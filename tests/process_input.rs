@@ -9,7 +9,7 @@ use stand::{
     traffic::SpanMessage,
 };
 
-use crate::world::{LONG, SHARDS, World, message, settings, span, traffic};
+use crate::world::{LONG, SHARDS, World, inserted, message, settings, span, traffic};
 
 /// What is to become of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -337,31 +337,17 @@ fn every_example_of_the_input_schema_goes_through() {
     world.assert_schema();
 }
 
-/// A span that is sent in a batch of its own when `apart`.
+/// Sends messages; each is in Redis before the next one is sent when `apart`.
 fn send_in_turn(world: &mut World, messages: &[SpanMessage], apart: bool) {
     for message in messages {
+        let before = inserted(world);
         world.send(std::slice::from_ref(message));
         if apart {
-            let serial = message.payload.len();
-            // The next one is sent when this one is in Redis.
-            let before = inserted(world);
-            stand::eventually(
-                LONG,
-                &format!("an insert behind {before} ({serial} bytes)"),
-                || (inserted(world) > 0).then_some(()),
-            );
+            stand::eventually(LONG, "an insert", || {
+                (inserted(world) > before).then_some(())
+            });
         }
     }
-}
-
-fn inserted(world: &World) -> u64 {
-    let mut connection = world.redis.connection().unwrap();
-    redis::cmd("HGET")
-        .arg("span-buf:{3.0}:pos")
-        .arg("spans")
-        .query::<Option<u64>>(&mut connection)
-        .unwrap()
-        .unwrap_or(0)
 }
 
 #[test]

@@ -86,18 +86,7 @@ fn a_restart_under_an_hour_of_lag_splits_no_segment() {
 
 fn await_inserted(world: &World, spans: u64) {
     stand::eventually(crate::world::LONG, "spans in redis", || {
-        let mut connection = world.redis.connection().unwrap();
-        let inserted: u64 = (0..SHARDS)
-            .map(|shard| {
-                redis::cmd("HGET")
-                    .arg(format!("span-buf:{{{shard}.0}}:pos"))
-                    .arg("spans")
-                    .query::<Option<u64>>(&mut connection)
-                    .unwrap()
-                    .unwrap_or(0)
-            })
-            .sum();
-        (inserted >= spans).then_some(())
+        (crate::world::inserted(world) >= spans).then_some(())
     });
 }
 

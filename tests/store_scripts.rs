@@ -26,6 +26,7 @@ const NEIGHBOUR: Bucket = Bucket {
 };
 const TTL: Duration = Duration::from_secs(1_000);
 const REASONS: [&str; 2] = ["corrupt", "too_large"];
+const COUNTERS: [&str; 2] = ["refused:dlq_off", "refused:dlq_too_large"];
 
 pub(crate) fn client(redis: &Redis, timeout: Duration) -> Client {
     Client::new(&config(redis, timeout)).unwrap()
@@ -193,14 +194,19 @@ fn scripts_do_what_the_model_does() {
     for step in 0..3_000 {
         let context = format!("seed {seed} step {step}");
         let trace = rng.below(4);
-        match rng.below(5) {
+        match rng.below(6) {
             0 => insert(&mut client, &mut model, &mut rng, trace),
             1 => position(&mut client, &mut model, &mut rng, &context),
             2 => queue(&mut client, &mut model, &mut rng, &context),
+            3 => small_changes(&mut client, &mut model, &mut rng, trace),
             _ => clear(&mut client, &mut model, &mut rng, trace, &context),
         }
         assert_eq!(Model::read(&mut connection), model, "{context}");
+        reads(&mut client, &model, &mut rng, &context);
         if step % 50 == 0 {
+            for trace in 0..4 {
+                assert_ttl(&mut connection, &journal_key(BUCKET, &member(trace)), TTL);
+            }
             for key in [queue_key(BUCKET), position_key(BUCKET), sum_key(BUCKET)] {
                 assert_ttl(&mut connection, &key, 2 * TTL);
             }
@@ -256,6 +262,132 @@ fn insert(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64) {
         .for_each(|reply| drop(reply.unwrap()));
 }
 
+/// Every call that reads gives what the model holds.
+fn reads(client: &mut Client, model: &Model, rng: &mut Rng, context: &str) {
+    let (trace, now, limit) = (rng.below(4), 500 + rng.below(2_000), rng.below(4));
+    let fields = [vec![0, 0, b'{'], vec![1, 0, b'{'], vec![9]];
+    let commands = [
+        Command::position(BUCKET),
+        Command::whole_position(BUCKET),
+        Command::sum(BUCKET),
+        Command::entries(BUCKET, &member(trace)),
+        Command::memory(BUCKET, &member(trace)),
+        Command::due(BUCKET, UnixMillis(now), usize::try_from(limit).unwrap()),
+        Command::after(BUCKET, UnixMillis(now)),
+        Command::queued(BUCKET, 1, 2),
+        Command::queue_len(BUCKET),
+        Command::headers(BUCKET, &member(trace)),
+        Command::chunks(BUCKET, &member(trace), fields.iter().map(Vec::as_slice)),
+    ];
+    let replies: Vec<redis::Value> = client
+        .run(&commands)
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    let journal = model.journals.get(&trace).cloned().unwrap_or_default();
+    let mut queue: Vec<(Vec<u8>, UnixMillis)> = model
+        .queue
+        .iter()
+        .map(|(&trace, &score)| (member(trace).as_bytes().to_vec(), UnixMillis(score)))
+        .collect();
+    queue.sort_by_key(|(member, score)| (*score, member.clone()));
+    let (due, later): (Vec<_>, Vec<_>) =
+        queue.iter().cloned().partition(|(_, score)| score.0 <= now);
+
+    assert_eq!(
+        reply::offset(&replies[0]),
+        model.position.map(|(next, ..)| next),
+        "{context}"
+    );
+    let whole = reply::position(&replies[1])
+        .map(|position| (position.next, position.clock.0, position.spans));
+    assert_eq!(whole, model.position, "{context}");
+    assert_eq!(
+        BTreeMap::from_iter(reply::counters(&replies[2])),
+        model.sum,
+        "{context}"
+    );
+    assert_eq!(
+        reply::count(&replies[3]),
+        u64::try_from(journal.len()).unwrap(),
+        "{context}"
+    );
+    assert_eq!(
+        reply::count(&replies[4]) > 0,
+        !journal.is_empty(),
+        "{context}"
+    );
+    assert_eq!(
+        reply::scored(&replies[5]),
+        due.into_iter()
+            .take(usize::try_from(limit).unwrap())
+            .collect::<Vec<_>>(),
+        "{context}"
+    );
+    assert_eq!(
+        reply::scored(&replies[6]),
+        later.into_iter().take(1).collect::<Vec<_>>(),
+        "{context}"
+    );
+    assert_eq!(
+        reply::list(&replies[7]).unwrap(),
+        queue
+            .iter()
+            .skip(1)
+            .take(2)
+            .map(|(member, _)| member.clone())
+            .collect::<Vec<_>>(),
+        "{context}"
+    );
+    assert_eq!(
+        reply::count(&replies[8]),
+        u64::try_from(queue.len()).unwrap(),
+        "{context}"
+    );
+    let mut headers = reply::list(&replies[9]).unwrap();
+    headers.sort();
+    assert_eq!(
+        headers,
+        journal.keys().cloned().collect::<Vec<_>>(),
+        "{context}"
+    );
+    let redis::Value::Array(chunks) = &replies[10] else {
+        panic!("{context}: {:?}", replies[10])
+    };
+    let chunks: Vec<Option<Vec<u8>>> = chunks
+        .iter()
+        .map(|chunk| reply::bytes(chunk).map(<[u8]>::to_vec))
+        .collect();
+    assert_eq!(
+        chunks,
+        fields
+            .iter()
+            .map(|field| journal.get(field).cloned())
+            .collect::<Vec<_>>(),
+        "{context}"
+    );
+}
+
+/// The two calls that change one value: a counter of the sum, a member of the queue.
+fn small_changes(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64) {
+    let amount = 1 + rng.below(5);
+    let commands = [
+        Command::add_to_sum(BUCKET, "dropped:expired", amount),
+        Command::unqueue(BUCKET, member(trace).as_bytes()),
+    ];
+    client
+        .run(&commands)
+        .into_iter()
+        .for_each(|reply| drop(reply.unwrap()));
+    *model.sum.entry("dropped:expired".into()).or_default() += amount;
+    model.queue.remove(&trace);
+    let renewed: Vec<Command> = Command::renew(BUCKET, TTL).into();
+    client
+        .run(&renewed)
+        .into_iter()
+        .for_each(|reply| drop(reply.unwrap()));
+}
+
 fn position(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
     let stands = model.position.map(|(next, ..)| next);
     let before = if rng.chance(700) {
@@ -268,6 +400,11 @@ fn position(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str
         rng.below(1 << 50),
         rng.below(10),
     );
+    let counts: Vec<_> = COUNTERS
+        .iter()
+        .map(|counter| (*counter, rng.below(3)))
+        .filter(|(_, amount)| *amount > 0)
+        .collect();
     let call = PositionCall {
         bucket: BUCKET,
         before,
@@ -276,12 +413,15 @@ fn position(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str
         spans,
         instance: "i",
         ttl: TTL,
-        counts: &[],
+        counts: &counts,
     };
     let reply = PositionReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
     if before == stands {
         let inserted = model.position.map_or(0, |(.., spans)| spans);
         model.position = Some((next, clock, inserted + spans));
+        for (counter, amount) in counts {
+            *model.sum.entry(counter.to_owned()).or_default() += amount;
+        }
         assert_eq!(reply, PositionReply::Written, "{context}");
     } else {
         assert_eq!(reply, PositionReply::Stands(stands), "{context}");

@@ -27,6 +27,8 @@ pub(crate) struct World {
     pub(crate) redis: Redis,
     pub(crate) ledger: Ledger,
     pub(crate) output: Vec<Message>,
+    /// What a supervisor that was drained had said.
+    pub(crate) said: String,
     reader: Reader,
     producer: Producer,
     pub(crate) kafka: Kafka,
@@ -49,6 +51,7 @@ impl World {
             redis,
             ledger: Ledger::new(),
             output: Vec::new(),
+            said: String::new(),
             reader,
             producer,
             kafka,
@@ -153,7 +156,8 @@ impl World {
         let pid = supervisor.pid();
         supervisor.signal(Signal::SIGTERM).unwrap();
         let status = supervisor.wait_exit(LONG).unwrap();
-        assert_eq!(status.code(), Some(0), "{}", supervisor.log());
+        self.said = supervisor.log();
+        assert_eq!(status.code(), Some(0), "{}", self.said);
         assert_no_board(pid);
     }
 
@@ -168,14 +172,19 @@ impl World {
         });
     }
 
-    /// Drains, reads to the end, and proves that every span is accounted for, in the topics and in Redis.
-    pub(crate) fn settle(&mut self) -> Balance {
-        self.drain();
+    /// Reads the output to its end, and compares.
+    pub(crate) fn read_rest(&mut self) -> Balance {
         self.reader.read_to_end(LONG).unwrap();
         let came = self.reader.take();
         self.ledger.read_output(&came);
         self.output.extend(came);
-        let balance = self.ledger.balance();
+        self.ledger.balance()
+    }
+
+    /// Drains, reads to the end, and proves that every span is accounted for, in the topics and in Redis.
+    pub(crate) fn settle(&mut self) -> Balance {
+        self.drain();
+        let balance = self.read_rest();
         assert!(balance.is_even(), "{balance}");
         balance
     }
@@ -238,6 +247,21 @@ impl World {
             }
         }
     }
+}
+
+/// Spans that the store says were inserted. Read without our own client.
+pub(crate) fn inserted(world: &World) -> u64 {
+    let mut connection = world.redis.connection().unwrap();
+    let of = |shard: u32, connection: &mut redis::Connection| {
+        let key = format!("span-buf:{{{shard}.0}}:pos");
+        redis::cmd("HGET")
+            .arg(key)
+            .arg("spans")
+            .query::<Option<u64>>(connection)
+            .unwrap()
+            .unwrap_or(0)
+    };
+    (0..SHARDS).map(|shard| of(shard, &mut connection)).sum()
 }
 
 /// Settings of a test, with dotted keys.

@@ -157,7 +157,23 @@ impl Redis {
     /// # Errors
     /// As [`Redis::start`], and when the data cannot be saved.
     pub fn restart_with_data(&mut self) -> Result<(), StandError> {
-        cmd("SAVE").exec(&mut self.connection()?)?;
+        self.save()?;
+        self.restart_as_saved()
+    }
+
+    /// Writes what the server holds to its disk.
+    ///
+    /// # Errors
+    /// [`StandError::Redis`] when the server cannot.
+    pub fn save(&self) -> Result<(), StandError> {
+        Ok(cmd("SAVE").exec(&mut self.connection()?)?)
+    }
+
+    /// Kills the server and starts it with what it held at the last [`Redis::save`]: it went back.
+    ///
+    /// # Errors
+    /// As [`Redis::start`].
+    pub fn restart_as_saved(&mut self) -> Result<(), StandError> {
         self.stop()?;
         self.launch()
     }

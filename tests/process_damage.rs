@@ -1,0 +1,139 @@
+//! Redis that went back, and bytes in it that are not what was written.
+
+use std::time::Duration;
+
+use shared::time::{Clock, UnixMillis};
+use stand::kafka::Kafka;
+
+use crate::world::{LONG, SHARDS, World, inserted, message, settings, span, traffic};
+
+#[test]
+fn a_redis_that_went_back_loses_nothing() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.send(&traffic(30, 1_000, 1));
+    stand::eventually(LONG, "spans in redis", || {
+        (inserted(&world) >= 500).then_some(())
+    });
+    world.redis.save().unwrap();
+    world.send(&traffic(31, 1_000, 100_000));
+    stand::eventually(LONG, "more spans in redis", || {
+        (inserted(&world) >= 1_500).then_some(())
+    });
+    world.redis.restart_as_saved().unwrap();
+    world.send(&traffic(32, 1_000, 200_000));
+    world.await_all();
+    world.drain();
+    let balance = world.read_rest();
+    // What was flushed after the save comes again, maybe with others beside it.
+    assert!(
+        balance.missing.is_empty() && balance.is_clean(),
+        "{balance}"
+    );
+    world.assert_store_is_even();
+    assert!(
+        world
+            .said
+            .contains("its node went back, or there is a second writer"),
+        "{}",
+        world.said
+    );
+}
+
+#[test]
+fn a_redis_that_is_stopped_and_comes_back_with_its_data_costs_nothing() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.send(&traffic(33, 2_000, 1));
+    stand::eventually(LONG, "spans in redis", || {
+        (inserted(&world) >= 500).then_some(())
+    });
+    let workers = world.workers();
+    // Frozen first: what is written is what was saved.
+    world.proxy.hold();
+    world.redis.restart_with_data().unwrap();
+    world.proxy.cut();
+    world.proxy.release();
+    world.send(&traffic(34, 1_000, 100_000));
+    world.await_all();
+    assert_eq!(
+        world.workers(),
+        workers,
+        "nobody died meanwhile\n{}",
+        world.log()
+    );
+    world.settle();
+    world.assert_store_is_even();
+}
+
+#[test]
+fn damaged_bytes_are_a_counted_outcome_and_what_is_of_a_newer_build_stays() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.plan.settings = settings(
+        "buffer.root_timeout = \"5s\"\nintake.batch_spans = 1\nredis.compression = \"none\"\n",
+    )
+    .replacen("buffer.root_timeout = \"1s\"\n", "", 1);
+    world.start();
+    let (damaged, newer) = ("a".repeat(32), "b".repeat(32));
+    let now = UnixMillis(Clock::wall_now().0 - 100);
+    let messages: Vec<_> = [&damaged, &newer]
+        .into_iter()
+        .zip([1, 10])
+        .flat_map(|(trace, serial)| {
+            [
+                message(0, now, span(trace, "1", None, serial, 5)),
+                message(0, now, span(trace, "2", Some("1"), serial + 1, 5)),
+            ]
+        })
+        .collect();
+    for message in &messages {
+        world.send_raw(0, message.arrival, Some(&message.payload));
+    }
+    stand::eventually(LONG, "four entries", || {
+        (inserted(&world) >= 4).then_some(())
+    });
+    let mut connection = world.redis.connection().unwrap();
+    for (trace, change) in [(&damaged, 0_usize), (&newer, 1)] {
+        let key = format!("span-buf:{{0.0}}:t:1:{trace}");
+        let entries: Vec<(Vec<u8>, Vec<u8>)> = redis::cmd("HGETALL")
+            .arg(&key)
+            .query(&mut connection)
+            .unwrap();
+        let (field, mut chunk) = entries
+            .into_iter()
+            .find(|(_, chunk)| chunk.windows(13).any(|part| part == b"\"span_id\":\"2\""))
+            .unwrap();
+        if change == 0 {
+            let middle = chunk.len() / 2;
+            chunk[middle] ^= 1;
+        } else {
+            chunk[0] = 9;
+        }
+        redis::cmd("HSET")
+            .arg(&key)
+            .arg(field)
+            .arg(chunk)
+            .exec(&mut connection)
+            .unwrap();
+    }
+    // Of the damaged trace its whole entry comes out; of the other nothing, since a newer build can read it.
+    world.ledger.sent(&messages[0].payload).unwrap();
+    world.await_all();
+    stand::eventually(LONG, "the damage to be counted", || {
+        let dropped: Option<u64> = redis::cmd("HGET")
+            .arg("span-buf:{0.0}:sum")
+            .arg("dropped:corrupt")
+            .query(&mut connection)
+            .unwrap();
+        (dropped == Some(1)).then_some(())
+    });
+    stand::pause(Duration::from_secs(2));
+    world.drain();
+    let balance = world.read_rest();
+    assert!(balance.is_exact() && balance.produced == 1, "{balance}");
+    let left: u64 = redis::cmd("HLEN")
+        .arg(format!("span-buf:{{0.0}}:t:1:{newer}"))
+        .query(&mut connection)
+        .unwrap();
+    assert_eq!(left, 2, "{}", world.said);
+}
