@@ -1,4 +1,8 @@
 //! Redis that went back, and bytes in it that are not what was written.
+//!
+//! In:     traffic; a server that goes back, stands still, or holds other bytes.
+//! Keeps:  nothing is lost that is not counted.
+//! Source: docs/store.md 3, 6.
 
 use std::time::Duration;
 
@@ -38,6 +42,34 @@ fn a_redis_that_went_back_loses_nothing() {
         "{}",
         world.said
     );
+}
+
+#[test]
+fn a_redis_that_lost_everything_loses_nothing() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.send(&traffic(35, 1_500, 1));
+    stand::eventually(LONG, "spans in redis", || {
+        (inserted(&world) >= 1_000).then_some(())
+    });
+    let committed = || {
+        stand::offsets::committed(&world.kafka.brokers(), "spanbuf", stand::kafka::INPUT).unwrap()
+    };
+    stand::eventually(LONG, "commits", || {
+        (committed().values().sum::<i64>() >= 1_000).then_some(())
+    });
+    // What was committed is still buffered: it is read again from the floor that the commits carry.
+    assert!(!world.ledger.is_complete());
+    world.redis.flush_all().unwrap();
+    world.send(&traffic(36, 1_000, 100_000));
+    world.await_all();
+    world.drain();
+    let balance = world.read_rest();
+    assert!(
+        balance.missing.is_empty() && balance.is_clean(),
+        "{balance}"
+    );
+    assert!(world.said.contains("by=floor"), "{}", world.said);
 }
 
 #[test]

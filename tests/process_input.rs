@@ -1,4 +1,8 @@
 //! Whatever may stand in a message: it goes through, or to the dead-letter topic, and nobody dies of it.
+//!
+//! In:     a row a message.
+//! Keeps:  the worker that read them lives on.
+//! Source: docs/spec.md 2.
 
 use std::time::Duration;
 

@@ -1,11 +1,15 @@
 //! Kills at the moments that matter; the proxy keeps back what would end the moment.
+//!
+//! In:     traffic; a moment, by the command that would end it.
+//! Keeps:  a kill that did not meet its moment fails its test.
+//! Source: docs/store.md 5.
 
 use nix::sys::signal::Signal;
 use stand::kafka::Kafka;
 
 use crate::world::{LONG, SHARDS, World, calls_script_on, traffic};
 
-/// Sends traffic, and kills the worker that has `shard` while a command is held.
+/// Sends traffic, and kills all workers of `role` while a command is held.
 fn kill_at(kafka: Kafka, role: &str, hold: impl FnOnce(&World) -> stand::proxy::Hold) -> World {
     let mut world = World::new(kafka);
     world.start();
@@ -95,7 +99,8 @@ fn the_supervisor(kafka: Kafka) {
     let mut world = World::new(kafka);
     world.start();
     world.send(&traffic(22, 3_000, 1));
-    world.read_some();
+    world.read_first();
+    assert!(!world.ledger.is_complete(), "the kill came too late");
     world.kill_supervisor();
     world.start();
     world.send(&traffic(23, 1_000, 100_000));

@@ -1,4 +1,8 @@
 //! What is refused, and how; what is waited for.
+//!
+//! In:     a row a mistake; servers that are wrong, or away.
+//! Keeps:  what time may mend is waited for, by the same workers.
+//! Source: docs/spec.md 10.1, docs/supervision.md 3.
 
 use std::{
     io::{Read, Write},

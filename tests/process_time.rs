@@ -1,4 +1,8 @@
 //! Time: lag, late spans, shards with different clocks; and segments that are too large for a message.
+//!
+//! In:     messages with times of their own.
+//! Keeps:  a segment is cut by its input's time, never by ours.
+//! Source: docs/spec.md 2.6, 4, 5.
 
 use std::{collections::BTreeMap, time::Duration};
 

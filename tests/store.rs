@@ -3,7 +3,7 @@
 //! In:     seeded steps.
 //! Out:    replies, keys and TTLs, compared with the model after every step.
 //! Keeps:  keys that a call does not name are not touched.
-//! Source: docs/house.md 9, docs/store.md 2–4.
+//! Source: docs/house.md 13, docs/store.md 2–4.
 
 #![expect(
     clippy::unwrap_used,

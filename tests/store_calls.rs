@@ -1,4 +1,8 @@
 //! The client: every reply, lost connections, unknown scripts, what a server has to be.
+//!
+//! In:     commands, on servers that fail.
+//! Keeps:  every reply is that of its command.
+//! Source: docs/store.md 2.
 
 use std::time::Duration;
 

@@ -1,4 +1,8 @@
 //! A full Redis: what is refused, and that cleaning up works.
+//!
+//! In:     a server at its `maxmemory`.
+//! Keeps:  what cleans up is taken.
+//! Source: docs/store.md 4.
 
 use std::time::Duration;
 

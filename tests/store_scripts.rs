@@ -1,4 +1,8 @@
 //! Random steps of all scripts against a model of one bucket.
+//!
+//! In:     seeded steps.
+//! Keeps:  Redis holds what the model holds, after every step.
+//! Source: docs/store.md 1–4.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -372,14 +376,14 @@ fn reads(client: &mut Client, model: &Model, rng: &mut Rng, context: &str) {
 fn small_changes(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64) {
     let amount = 1 + rng.below(5);
     let commands = [
-        Command::add_to_sum(BUCKET, "dropped:expired", amount),
+        Command::set_in_sum(BUCKET, "dropped:expired", amount),
         Command::unqueue(BUCKET, member(trace).as_bytes()),
     ];
     client
         .run(&commands)
         .into_iter()
         .for_each(|reply| drop(reply.unwrap()));
-    *model.sum.entry("dropped:expired".into()).or_default() += amount;
+    model.sum.insert("dropped:expired".into(), amount);
     model.queue.remove(&trace);
     let renewed: Vec<Command> = Command::renew(BUCKET, TTL).into();
     client

@@ -1,4 +1,10 @@
 //! A Kafka, a Redis behind a proxy, a supervisor with its workers, and both sides of the ledger.
+//!
+//! In:     a Kafka, settings.
+//! Out:    what came out, compared with what was sent; what Redis holds, read without our own client.
+//! Keeps:  one supervisor at a time; what a test started ends with it.
+//! Knows:  the stand.
+//! Source: docs/house.md 13.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -138,6 +144,14 @@ impl World {
         }
     }
 
+    /// Reads until something more has come out.
+    pub(crate) fn read_first(&mut self) {
+        self.reader
+            .read_until(LONG, "a segment", |came| !came.is_empty())
+            .unwrap();
+        self.read_some();
+    }
+
     /// Reads what comes within half a second.
     pub(crate) fn read_some(&mut self) {
         // It is late every time: nothing is ever enough.
@@ -153,11 +167,12 @@ impl World {
     /// Drains the supervisor: it ends well, and leaves nothing.
     pub(crate) fn drain(&mut self) {
         let mut supervisor = self.supervisor.take().expect("started");
-        let pid = supervisor.pid();
+        let (pid, workers) = (supervisor.pid(), supervisor.workers().unwrap());
         supervisor.signal(Signal::SIGTERM).unwrap();
         let status = supervisor.wait_exit(LONG).unwrap();
         self.said = supervisor.log();
         assert_eq!(status.code(), Some(0), "{}", self.said);
+        assert!(workers.iter().all(|worker| !worker.lives()), "{workers:?}");
         assert_no_board(pid);
     }
 

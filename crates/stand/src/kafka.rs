@@ -4,7 +4,7 @@
 //! Out:    brokers to connect to; for the mock, its failures.
 //! Keeps:  what was started ends with its owner, and its directory goes.
 //! Knows:  rdkafka's mock and admin client, scripts/kafka.sh. Not what stands in a topic.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{
     ffi::OsString,

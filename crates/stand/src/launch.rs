@@ -5,7 +5,7 @@
 //! Keeps:  a run directory of its own; nothing of the caller's `SPANBUF_` environment reaches it; everything that it started
 //!         ends with its owner.
 //! Knows:  the command line, dotted keys of the configuration, what workers are called. Nothing of their inside.
-//! Source: docs/spec.md 10.1, docs/supervision.md 1, docs/house.md 9.
+//! Source: docs/spec.md 10.1, docs/supervision.md 1, docs/house.md 13.
 
 use std::{
     ffi::OsString,

@@ -4,7 +4,7 @@
 //! Out:    `Balance`: missing, repeated, unknown and altered spans.
 //! Keeps:  knows nothing of our own parser or splicer: what it says is not said by what it examines.
 //! Knows:  a span by its serial number, or else by its text outside the two places that may be edited.
-//! Source: docs/spec.md 5.2, docs/house.md 9.
+//! Source: docs/spec.md 5.2, docs/house.md 13.
 
 use std::{
     collections::{BTreeMap, HashMap, hash_map::DefaultHasher},

@@ -4,7 +4,7 @@
 //! Out:    offsets by partition.
 //! Keeps:  no group is joined.
 //! Knows:  rdkafka. No message.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -5,7 +5,7 @@
 //! Keeps:  it is killed when its owner is dropped, and by the kernel when the thread that started it ends (PDEATHSIG);
 //!         its log is shown when that happens in a failing test.
 //! Knows:  setpriv of util-linux, which sets PDEATHSIG without a fork hook of ours.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{
     ffi::{OsStr, OsString},

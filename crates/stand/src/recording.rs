@@ -4,7 +4,7 @@
 //! Out:    messages, one at a time, in the file's order.
 //! Keeps:  a message's bytes as they stand; memory is one line.
 //! Knows:  where a message has its trace id. Nothing else of it.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{
     fmt,

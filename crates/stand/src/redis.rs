@@ -4,7 +4,7 @@
 //! Out:    an address, connections, and its deaths and pauses.
 //! Keeps:  nothing is written to disk unless a restart with data asks for it; the address stays over restarts.
 //! Knows:  redis-server. No key of ours.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{ffi::OsStr, path::PathBuf, time::Duration};
 

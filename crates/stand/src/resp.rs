@@ -4,7 +4,7 @@
 //! Out:    the arguments of commands; the ends of replies.
 //! Keeps:  nothing is buffered here; text that is not of the protocol is told, never guessed at.
 //! Knows:  arrays of bulk strings (what clients send), every reply of RESP2 and RESP3. Pure.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 /// What stands at the beginning of a client's bytes.
 #[derive(Debug, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 //! Out:    numbers (splitmix64).
 //! Keeps:  the same seed gives the same numbers on every machine.
 //! Knows:  nothing else. Pure.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::ops::RangeInclusive;
 

@@ -4,7 +4,7 @@
 //! Out:    messages with partition, offset, time and headers.
 //! Keeps:  `flush` tells of every record that was not acknowledged; a reader reads every partition from its beginning.
 //! Knows:  rdkafka. No message of ours.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{
     collections::BTreeMap,

@@ -6,7 +6,6 @@
 //! Knows:  the client and its error classes. No key, no meaning.
 //! Source: docs/store.md 2, 4; docs/supervision.md 3.
 
-use log::warn;
 use shared::board::Phase;
 use store::client::{Client, Command, CommandError, Reply};
 
@@ -69,10 +68,7 @@ pub fn insist(
         let answers = ask(client, beat, attempt, commands.to_vec())?;
         match answers.into_iter().collect::<Result<Vec<_>, _>>() {
             Ok(values) => return Ok(values),
-            Err(error) => {
-                warn!("{attempt} was refused: {error}");
-                beat.failed(Reason::Redis, attempt, &error)?;
-            }
+            Err(error) => beat.failed(Reason::Redis, attempt, &error)?,
         }
     }
 }

@@ -74,6 +74,7 @@ pub enum BoardError {
 pub(super) struct Words {
     first: NonNull<AtomicU64>,
     count: usize,
+    writable: bool,
 }
 
 // SAFETY: the words are atomics in memory that stays mapped until the drop: any thread may use them.
@@ -112,10 +113,16 @@ impl Words {
         Ok(Self {
             first,
             count: bytes / WORD,
+            writable,
         })
     }
 
-    /// All words. A read-only board must not be stored to; only `views` stores, and only on boards of its own side.
+    /// Whether the words may be stored to: a store to a board that was mapped to be read ends the process.
+    pub(super) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// All words. Only `views` stores, and only where [`Words::is_writable`].
     pub(super) fn all(&self) -> &[AtomicU64] {
         // SAFETY: `map` mapped `count` words at `first`, aligned to a page; nothing unmaps them before the drop, and files
         // of boards are never shortened: their makers reserve all of it and only unlink them. Any bits are an AtomicU64.

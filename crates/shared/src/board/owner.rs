@@ -293,6 +293,10 @@ mod tests {
             (2, "3,7")
         );
         assert!(read.clock(ShardId(3)).is_none() && read.clock(ShardId(4)).is_none());
+        // A store would end the process.
+        read.supervise(0).begin(1);
+        read.worker(0, 1).echo();
+        assert!(read.ledger(ShardId(3)).is_none() && read.clock_writer(ShardId(3)).is_none());
         drop(owner);
         assert!(!path.exists());
         fs::remove_file(held).unwrap();

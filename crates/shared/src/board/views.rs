@@ -207,7 +207,7 @@ impl Board {
     #[must_use]
     pub fn supervise(&self, slot: u32) -> SupervisorCells<'_> {
         SupervisorCells {
-            cells: self.slot(slot).unwrap_or_default(),
+            cells: self.own_slot(slot).unwrap_or_default(),
         }
     }
 
@@ -250,7 +250,7 @@ impl Board {
     /// The view that writes a shard's clock.
     #[must_use]
     pub fn clock_writer(&self, shard: ShardId) -> Option<ClockWriter> {
-        let cells = self.shard(shard)?;
+        let cells = self.own_shard(shard)?;
         // A writer that died in the middle left an odd number.
         let sequence = cells[shard::SEQUENCE].load(Relaxed).next_multiple_of(2);
         Some(ClockWriter {
@@ -263,7 +263,7 @@ impl Board {
     /// The view that counts for a shard: ingest its three cells, flush its three.
     #[must_use]
     pub fn ledger(&self, shard: ShardId) -> Option<Ledger> {
-        self.shard(shard)?;
+        self.own_shard(shard)?;
         Some(Ledger {
             board: self.clone(),
             shard,
@@ -283,6 +283,16 @@ impl Board {
             dropped: word(shard::DROPPED),
             repeats: word(shard::REPEATS),
         })
+    }
+
+    /// The cells of a shard, to be stored to; none on a board that is only read.
+    fn own_shard(&self, shard: ShardId) -> Option<&[AtomicU64]> {
+        self.shard(shard).filter(|_| self.words.is_writable())
+    }
+
+    /// The cells of a slot, to be stored to; none on a board that is only read.
+    fn own_slot(&self, slot: u32) -> Option<&[AtomicU64]> {
+        self.slot(slot).filter(|_| self.words.is_writable())
     }
 
     fn shard(&self, shard: ShardId) -> Option<&[AtomicU64]> {
@@ -459,7 +469,7 @@ impl WorkerCells {
     }
 
     fn cell(&self, place: usize) -> Option<&AtomicU64> {
-        self.board.slot(self.slot)?.get(place)
+        self.board.own_slot(self.slot)?.get(place)
     }
 
     fn store(&self, place: usize, value: u64) {
@@ -480,7 +490,7 @@ pub struct ClockWriter {
 impl ClockWriter {
     /// The clock's value at a moment, and the moment up to which it runs: the same, and it stands.
     pub fn publish(&self, clock: UnixMillis, at: MonoNanos, until: MonoNanos) {
-        let Some(cells) = self.board.shard(self.shard) else {
+        let Some(cells) = self.board.own_shard(self.shard) else {
             return;
         };
         let sequence = self.sequence.get();
@@ -541,7 +551,7 @@ impl Ledger {
     fn add(&self, place: usize, amount: u64) {
         if let Some(cell) = self
             .board
-            .shard(self.shard)
+            .own_shard(self.shard)
             .and_then(|cells| cells.get(place))
         {
             // Nobody else writes it: no need for one step.

@@ -173,6 +173,11 @@ impl Raw {
                 .map(|item| hidden(item.split_once('=').unwrap_or((item, ""))))
                 .collect::<Vec<_>>()
                 .join(","),
+            Some((_, Written::List(list))) if is_map(path) => list
+                .iter()
+                .map(|item| hidden(item.split_once('=').unwrap_or((item, ""))))
+                .collect::<Vec<_>>()
+                .join(","),
             Some((_, Written::List(list))) => list.join(","),
             Some((_, Written::Map(map))) => map
                 .iter()

@@ -1,3 +1,5 @@
+//! Tests of the configuration: sources, faults, secrets, README.
+
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;
@@ -271,6 +273,8 @@ fn secrets_are_not_shown() {
             && shown.contains("sasl.password=***"),
         "{shown}"
     );
+    let listed = load(Some("kafka.consumer = [\"sasl.password=hunter2\"]"), &[]).unwrap();
+    assert!(!format!("{:?}", listed.redacted()).contains("hunter2"));
     let refused = faults("redis.nodes = [\"redis://me:hunter2@a:1\"]", &[]);
     assert!(!refused.join("").contains("hunter2"), "{refused:?}");
 }

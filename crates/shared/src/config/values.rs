@@ -28,7 +28,10 @@ const OURS: [(&str, &str); 20] = [
     ("group.id", "kafka.group"),
     ("message.timeout.ms", "flush.delivery_timeout"),
     ("delivery.timeout.ms", "flush.delivery_timeout"),
-    ("message.max.bytes", "buffer.max_segment_bytes"),
+    (
+        "message.max.bytes",
+        "spanbuf: 256 MiB, and the topic's own limit",
+    ),
     ("queued.max.messages.kbytes", "intake.batch_bytes"),
     ("auto.offset.reset", "kafka.offset_reset"),
     ("acks", "spanbuf: all"),

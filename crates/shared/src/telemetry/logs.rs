@@ -8,15 +8,26 @@
 
 use std::{
     fmt,
+    fs::{self, File},
     io::{self, Write},
-    os::fd::AsFd,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     process,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use env_logger::{Builder, Target};
 use log::LevelFilter;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{MsgFlags, send},
+};
 
 /// What a pipe takes in one piece, so that lines of several processes do not cut into each other.
 const RECORD_BYTES_MAX: usize = 4096;
@@ -40,7 +51,7 @@ impl fmt::Display for Identity {
         }
         write!(f, " pid={}", process::id())?;
         if let Some(generation) = self.generation {
-            write!(f, " gen={generation}")?;
+            write!(f, " generation={generation}")?;
         }
         Ok(())
     }
@@ -52,7 +63,7 @@ pub fn start(level: LevelFilter, identity: &Identity) {
     let mut builder = Builder::new();
     builder
         .filter_level(level)
-        .target(Target::Pipe(Box::new(Stderr::default())));
+        .target(Target::Pipe(Box::new(Records::default())));
     builder.format(move |out, record| {
         let time = out.timestamp_micros();
         let text = record.args().to_string();
@@ -71,40 +82,63 @@ pub fn start(level: LevelFilter, identity: &Identity) {
 /// Writes a line that an operator asked for: whatever the level, without time and identity, and as a record is written otherwise.
 pub fn line(text: &str) {
     let text = text.replace(['\n', '\r'], "\\n");
-    if is_ready() {
-        // Nobody reads it: it is asked for again.
-        drop(io::stderr().write(&shortened(text.as_bytes(), "")));
-    }
+    // Nobody reads it: it is asked for again.
+    drop(OUTPUT.write(&shortened(text.as_bytes(), "")));
 }
 
-/// Standard error, one piece a record.
-#[derive(Debug, Default)]
-struct Stderr {
-    dropped: AtomicU64,
+/// Where all lines of this process go.
+static OUTPUT: LazyLock<Output> = LazyLock::new(Output::open);
+
+/// Standard error, in a form that never makes a writer wait.
+#[derive(Debug)]
+enum Output {
+    /// A pipe, through a description of its own: what others set on theirs stays as it is.
+    Pipe(File),
+    /// A socket, such as the journal's.
+    Socket,
+    /// A file or a terminal.
+    Plain,
 }
 
-impl Write for Stderr {
-    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
-        let dropped = self.dropped.load(Ordering::Relaxed);
-        let piece = if dropped == 0 {
-            shortened(record, "")
-        } else {
-            shortened(record, &format!(" (records_dropped={dropped} before)"))
+impl Output {
+    fn open() -> Self {
+        let Ok(about) = File::options()
+            .write(true)
+            .custom_flags(OFlag::O_NONBLOCK.bits() | OFlag::O_NOCTTY.bits())
+            .open(STDERR)
+            .and_then(|file| Ok((file.metadata()?.file_type(), file)))
+        else {
+            // The kernel opens no socket by this path.
+            return if fs::metadata(STDERR).is_ok_and(|about| about.file_type().is_socket()) {
+                Self::Socket
+            } else {
+                Self::Plain
+            };
         };
-        if is_ready() && io::stderr().write(&piece).is_ok() {
-            self.dropped.fetch_sub(dropped, Ordering::Relaxed);
-        } else {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+        match about {
+            (kind, file) if kind.is_fifo() => Self::Pipe(file),
+            _ => Self::Plain,
         }
-        Ok(record.len())
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    /// Writes one piece whole, or not at all.
+    fn write(&self, piece: &[u8]) -> io::Result<()> {
+        let written = match self {
+            Self::Pipe(file) => (&mut &*file).write(piece),
+            Self::Socket => {
+                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                send(io::stderr().as_fd().as_raw_fd(), piece, flags).map_err(io::Error::from)
+            }
+            Self::Plain if is_ready() => io::stderr().write(piece),
+            Self::Plain => Err(io::ErrorKind::WouldBlock.into()),
+        };
+        written.map(drop)
     }
 }
 
-/// Whether a write of one piece does not block: a pipe says so while it has room for 4096 bytes.
+const STDERR: &str = "/proc/self/fd/2";
+
+/// Whether a terminal takes more: one that is stopped does not.
 fn is_ready() -> bool {
     let stderr = io::stderr();
     poll(
@@ -114,7 +148,33 @@ fn is_ready() -> bool {
     .is_ok_and(|ready| ready > 0)
 }
 
-/// A record with something behind it, cut in its middle where it is too long; it stays one line.
+/// Records on their way, one piece each.
+#[derive(Debug, Default)]
+struct Records {
+    dropped: AtomicU64,
+}
+
+impl Write for Records {
+    fn write(&mut self, record: &[u8]) -> io::Result<usize> {
+        let dropped = self.dropped.load(Ordering::Relaxed);
+        let piece = if dropped == 0 {
+            shortened(record, "")
+        } else {
+            shortened(record, &format!(" (records_dropped={dropped} before)"))
+        };
+        match OUTPUT.write(&piece) {
+            Ok(()) => self.dropped.fetch_sub(dropped, Ordering::Relaxed),
+            Err(_) => self.dropped.fetch_add(1, Ordering::Relaxed),
+        };
+        Ok(record.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A record with something behind it, cut at its end where it is too long; it stays one line.
 fn shortened(record: &[u8], behind: &str) -> Vec<u8> {
     let text = record.strip_suffix(b"\n").unwrap_or(record);
     let room = RECORD_BYTES_MAX - behind.len() - 1;
@@ -165,7 +225,10 @@ mod tests {
             slot: Some(3),
             generation: Some(2),
         };
-        assert_eq!(worker.to_string(), format!("flush slot=3 pid={pid} gen=2"));
+        assert_eq!(
+            worker.to_string(),
+            format!("flush slot=3 pid={pid} generation=2")
+        );
         let supervisor = Identity {
             role: "supervisor".into(),
             slot: None,

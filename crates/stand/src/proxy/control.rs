@@ -4,7 +4,7 @@
 //! Out:    waits for the threads that forward.
 //! Keeps:  every wait ends when its connection is closed.
 //! Knows:  no byte of a stream.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{
     collections::{BTreeMap, VecDeque},

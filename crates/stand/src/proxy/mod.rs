@@ -4,7 +4,7 @@
 //! Out:    an address before it; for Redis, the moment at which a chosen command or its reply stands here.
 //! Keeps:  bytes in order; what a connection may buffer is bounded; all threads end with the proxy.
 //! Knows:  TCP, and of the Redis protocol where commands and replies end. A stream that begins otherwise passes unread.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 mod control;
 mod pump;

@@ -4,7 +4,7 @@
 //! Out:    the same stream, when it may pass.
 //! Keeps:  bytes in order; a command is forwarded whole, and one over 64 MiB ends the reading of its connection.
 //! Knows:  where commands and replies end.
-//! Source: docs/house.md 9.
+//! Source: docs/house.md 13.
 
 use std::{
     io::{self, Read, Write},

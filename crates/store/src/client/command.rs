@@ -66,12 +66,12 @@ impl Command {
         Self::new(bucket, named("HGETALL", sum_key(bucket)))
     }
 
-    /// Adds to one counter of a bucket's sum.
+    /// Sets one counter of a bucket's sum, such as one that a single process counts.
     #[must_use]
-    pub fn add_to_sum(bucket: Bucket, counter: &str, amount: u64) -> Self {
+    pub fn set_in_sum(bucket: Bucket, counter: &str, amount: u64) -> Self {
         Self::new(
             bucket,
-            named("HINCRBY", sum_key(bucket))
+            named("HSET", sum_key(bucket))
                 .arg(counter)
                 .arg(amount)
                 .take(),
@@ -145,6 +145,14 @@ impl Command {
             .arg("LIMIT")
             .arg(0)
             .arg(1);
+        Self::new(bucket, cmd)
+    }
+
+    /// Reads the trace with the lowest score.
+    #[must_use]
+    pub fn first_queued(bucket: Bucket) -> Self {
+        let mut cmd = named("ZRANGE", queue_key(bucket));
+        cmd.arg(0).arg(0).arg("WITHSCORES");
         Self::new(bucket, cmd)
     }
 

@@ -1,3 +1,5 @@
+//! Tests of the state machine: by table, and at random.
+
 use proptest::prelude::*;
 
 use super::*;

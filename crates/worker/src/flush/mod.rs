@@ -136,7 +136,8 @@ impl Flush {
         )?;
 
         let left = more || chosen.left;
-        self.upkeep.turn(&mut self.client, &mut self.beat, ttl)?;
+        self.upkeep
+            .turn(&mut self.client, &mut self.beat, ttl, &self.ledgers)?;
         self.beat.cells().queue_depth(depth);
         self.beat.backpressure(Reason::Due, left.then_some(begun));
         self.beat.turn_done();

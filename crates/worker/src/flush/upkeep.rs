@@ -6,10 +6,14 @@
 //! Knows:  queues, positions and sums. No journal's content.
 //! Source: docs/store.md 1; docs/spec.md 5.6.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use log::{error, warn};
-use shared::time::{Clock, MonoNanos};
+use shared::{
+    board::Ledger,
+    shard::ShardId,
+    time::{Clock, MonoNanos},
+};
 use store::{
     client::{Client, Command, reply},
     keys::{Bucket, Member},
@@ -23,6 +27,9 @@ const RENEW_EVERY: Duration = Duration::from_secs(3600);
 const PAGE: usize = 1_000;
 /// How often a bucket's account is read.
 const ACCOUNT_EVERY: Duration = Duration::from_secs(60);
+
+/// The counter of spans whose journals are gone.
+const EXPIRED: &str = "dropped:expired";
 
 /// The state of the walks.
 #[derive(Debug)]
@@ -56,6 +63,7 @@ impl Upkeep {
         client: &mut Client,
         beat: &mut Beat,
         ttl: Duration,
+        ledgers: &BTreeMap<ShardId, Ledger>,
     ) -> Result<(), Ended> {
         let now = Clock::mono_now();
         if self.walk.is_none() && now.since(self.renewed) >= RENEW_EVERY {
@@ -66,7 +74,7 @@ impl Upkeep {
         }
         if now.since(self.accounted) >= ACCOUNT_EVERY {
             self.accounted = now;
-            self.account(client, beat)?;
+            self.account(client, beat, ledgers)?;
         }
         Ok(())
     }
@@ -111,7 +119,12 @@ impl Upkeep {
     }
 
     /// When a queue is empty, all that was inserted has to be in the sum; what is not has expired.
-    fn account(&self, client: &mut Client, beat: &mut Beat) -> Result<(), Ended> {
+    fn account(
+        &self,
+        client: &mut Client,
+        beat: &mut Beat,
+        ledgers: &BTreeMap<ShardId, Ledger>,
+    ) -> Result<(), Ended> {
         // In this order: what was inserted before the queue was seen empty has been summed before the sum is read.
         let commands = self.buckets.iter().flat_map(|&bucket| {
             [
@@ -129,25 +142,38 @@ impl Upkeep {
             else {
                 continue;
             };
-            let expired = position.spans.saturating_sub(summed(&reply::counters(sum)));
+            let sum = reply::counters(sum);
+            let expired = position.spans.saturating_sub(summed(&sum));
             if expired > 0 {
                 error!(
                     "dropped spans={expired} shard={} reason=expired: their journals are gone (check redis.redis_ttl and the server's history)",
                     bucket.shard
                 );
+                // Only this flusher counts them, so the whole amount is written: to do it twice is harmless.
+                let amount = counter(&sum, EXPIRED) + expired;
                 let counted = ask(
                     client,
                     beat,
                     "count expired spans",
-                    vec![Command::add_to_sum(bucket, "dropped:expired", expired)],
+                    vec![Command::set_in_sum(bucket, EXPIRED, amount)],
                 )?;
                 for refusal in counted.into_iter().filter_map(Result::err) {
                     error!("count expired spans shard={}: {refusal}", bucket.shard);
+                }
+                if let Some(ledger) = ledgers.get(&bucket.shard) {
+                    ledger.dropped(expired);
                 }
             }
         }
         Ok(())
     }
+}
+
+/// What one counter of a sum stands at.
+fn counter(sum: &[(String, u64)], name: &str) -> u64 {
+    sum.iter()
+        .find(|(known, _)| known == name)
+        .map_or(0, |(_, amount)| *amount)
 }
 
 /// The spans of a sum: what became of those that were inserted.

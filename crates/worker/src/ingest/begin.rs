@@ -17,7 +17,7 @@ use shared::{
     time::{Clock, MonoNanos, UnixMillis},
 };
 use store::{
-    client::{Client, Command, Meta},
+    client::{Client, Command, Meta, reply},
     keys::Bucket,
 };
 
@@ -27,16 +27,20 @@ use super::{
     commit::Commits,
     consume::{ConsumeError, Input, committed_of_group},
     dlq::DeadLetters,
+    floor::Floor,
     insert::Store,
     intake::Intake,
-    start::{Known, Source, Start, start},
+    start::{Known, Source, Start, floor_of, start},
 };
 use crate::{
     Ended,
-    ask::ask,
+    ask::insist,
     beat::{Beat, Reason},
     checks,
 };
+
+/// The counter of messages that Kafka had deleted before they were read.
+const MISSING: &str = "offset_out_of_range";
 
 /// Where a shard begins, and at what time.
 #[derive(Debug)]
@@ -44,8 +48,17 @@ pub(super) struct Begun {
     start: Start,
     /// Nobody committed anything for this shard yet.
     uncommitted: bool,
+    /// Below it nothing is buffered, as far as is known.
+    pub(super) floor: u64,
     /// The lowest time in its positions.
     pub(super) clock: Option<UnixMillis>,
+}
+
+impl Begun {
+    /// The first offset that is read.
+    pub(super) fn offset(&self) -> u64 {
+        self.start.offset
+    }
 }
 
 /// Makes the role ready: waits for Redis and Kafka, finds each shard's place, assigns all of them, paused.
@@ -72,12 +85,16 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
             clock: InputClock::new(kept.max(begun.clock)),
             published,
             ledger,
+            floor: Floor::new(begun.floor),
         };
         let standing = shard_begun.clock.freeze(Clock::mono_now());
         shard_begun.publish(standing);
         shards.insert(shard, shard_begun);
     }
     let mut commits = Commits::default();
+    begun
+        .iter()
+        .for_each(|(&shard, begun)| commits.set_floor(shard, begun.floor));
     read_from(&begun, &mut input, &mut commits, &mut beat)?;
     pause_all(&mut input, &launch.shards, &mut beat)?;
     let intake = Intake::new(
@@ -98,6 +115,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         shards,
         watched: now,
         renewed: now,
+        floored: now,
     })
 }
 
@@ -168,6 +186,11 @@ pub(super) fn locate(
             Begun {
                 start,
                 uncommitted: known.committed.is_none(),
+                floor: known
+                    .committed
+                    .as_ref()
+                    .map_or(start.offset, floor_of)
+                    .min(start.offset),
                 clock,
             },
         );
@@ -193,17 +216,20 @@ fn report(shard: ShardId, start: &Start, store: &mut Store, beat: &mut Beat) -> 
         shard,
         bucket: BucketId(0),
     };
-    for refusal in ask(
+    let sums = insist(
         store.client(),
         beat,
-        "count missing messages",
-        vec![Command::add_to_sum(bucket, "offset_out_of_range", missing)],
-    )?
-    .into_iter()
-    .filter_map(Result::err)
-    {
-        error!("count missing messages shard={shard}: {refusal}");
-    }
+        "read missing messages",
+        &[Command::sum(bucket)],
+    )?;
+    let before = sums.first().map(reply::counters).unwrap_or_default();
+    let before = before
+        .iter()
+        .find(|(name, _)| name == MISSING)
+        .map_or(0, |(_, amount)| *amount);
+    // Only this worker counts them, so the whole amount is written: to do it twice is harmless.
+    let command = Command::set_in_sum(bucket, MISSING, before + missing);
+    insist(store.client(), beat, "count missing messages", &[command])?;
     Ok(())
 }
 

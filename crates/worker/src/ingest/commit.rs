@@ -1,6 +1,6 @@
 //! Commits the offsets of what is wholly in Redis.
 //!
-//! In:     `Inserted`, and nothing else.
+//! In:     `Inserted`; the starts of shards that nobody committed for; floors.
 //! Out:    commits of the group, at most twice a second, each with the shard's floor as metadata.
 //! Keeps:  contiguous per partition, never past a failed write: a batch follows its predecessor, and only whole ones come here.
 //! Knows:  the consumer's commit call. A commit that fails is made up for by the next one: positions lead, commits follow.
@@ -28,6 +28,7 @@ const EVERY: Duration = Duration::from_millis(500);
 #[derive(Debug, Default)]
 pub struct Commits {
     waiting: BTreeMap<ShardId, u64>,
+    floors: BTreeMap<ShardId, u64>,
     sent: Option<MonoNanos>,
 }
 
@@ -35,6 +36,11 @@ impl Commits {
     /// Takes what was inserted.
     pub fn add(&mut self, inserted: &Inserted) {
         self.waiting.extend(inserted.offsets());
+    }
+
+    /// Takes a shard's floor: every commit of the shard carries it.
+    pub fn set_floor(&mut self, shard: ShardId, floor: u64) {
+        self.floors.insert(shard, floor);
     }
 
     /// Takes where shards begin that nobody committed anything for: their floor, should their position be lost.
@@ -55,7 +61,7 @@ impl Commits {
         }
         self.sent = Some(now);
         let waiting = std::mem::take(&mut self.waiting);
-        if let Err(error) = commit(input, &waiting, CommitMode::Async) {
+        if let Err(error) = commit(input, &waiting, &self.floors, CommitMode::Async) {
             warn!(
                 "commit offsets topic={} shards={}: {error}",
                 input.topic(),
@@ -71,7 +77,7 @@ impl Commits {
         if waiting.is_empty() {
             return;
         }
-        if let Err(error) = commit(input, &waiting, CommitMode::Sync) {
+        if let Err(error) = commit(input, &waiting, &self.floors, CommitMode::Sync) {
             warn!(
                 "commit last offsets topic={} shards={}: {error} (the next start begins at positions)",
                 input.topic(),
@@ -90,6 +96,7 @@ impl Commits {
 fn commit(
     input: &Input,
     offsets: &BTreeMap<ShardId, u64>,
+    floors: &BTreeMap<ShardId, u64>,
     mode: CommitMode,
 ) -> Result<(), KafkaError> {
     let topic = input.topic();
@@ -102,7 +109,10 @@ fn commit(
             Offset::Offset(i64::try_from(offset).unwrap_or(i64::MAX)),
         )?;
         if let Some(mut element) = list.find_partition(topic, partition) {
-            element.set_metadata(floor_metadata(offset));
+            let floor = floors
+                .get(&shard)
+                .map_or(offset, |&floor| floor.min(offset));
+            element.set_metadata(floor_metadata(floor));
         }
     }
     input.consumer().commit(&list, mode)

@@ -288,6 +288,12 @@ impl Input {
             .map_err(|source| self.asked("pause partitions", source))
     }
 
+    /// The next offset that is to come: all before it is in Redis, or was never to be.
+    #[must_use]
+    pub fn next(&self, shard: ShardId) -> Option<u64> {
+        self.shards.get(&shard).map(|reading| reading.next)
+    }
+
     /// Pauses and resumes shards; polling goes on.
     ///
     /// # Errors
@@ -367,12 +373,12 @@ impl Input {
             return Ok(false);
         }
         self.ends_asked = Some(now);
-        self.ends_failed = true;
         let open = self.shards.iter().filter(|(_, reading)| !reading.paused);
         let asked = self.list(open.map(|(&shard, _)| (shard, Offset::End)))?;
         if asked.count() == 0 {
             return Ok(false);
         }
+        self.ends_failed = true;
         // One request a broker: ListOffsets, with the end in place of a time.
         let answer = self.consumer.offsets_for_times(asked, ENDS_TIMEOUT);
         let answer = answer.map_err(|source| self.asked("read ends of partitions", source))?;

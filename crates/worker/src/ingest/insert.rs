@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{
     Ended,
-    ask::ask,
+    ask::{ask, insist},
     beat::{Beat, Reason},
 };
 
@@ -122,21 +122,18 @@ impl Store {
         shard: ShardId,
         beat: &mut Beat,
     ) -> Result<(Vec<Option<u64>>, Option<UnixMillis>), Ended> {
+        let buckets: Vec<Bucket> = self.buckets_of(shard).collect();
+        let commands: Vec<Command> = buckets
+            .iter()
+            .map(|&bucket| Command::whole_position(bucket))
+            .collect();
         let (mut offsets, mut clock) = (Vec::new(), None);
-        for bucket in self.buckets_of(shard) {
-            let answers = ask(
-                &mut self.client,
-                beat,
-                "read positions",
-                vec![Command::whole_position(bucket)],
-            )?;
-            let position = answers.into_iter().next().and_then(|answer| match answer {
-                Ok(value) => reply::position(&value),
-                Err(refusal) => {
-                    error!("read position shard={shard}: {refusal}");
-                    None
-                }
-            });
+        for (bucket, value) in
+            buckets
+                .into_iter()
+                .zip(insist(&mut self.client, beat, "read positions", &commands)?)
+        {
+            let position = reply::position(&value);
             match &position {
                 Some(position) => {
                     self.written.insert(bucket, position.next);
@@ -162,15 +159,43 @@ impl Store {
             .iter()
             .flat_map(|&shard| self.buckets_of(shard))
             .collect();
-        let commands = buckets
+        let commands: Vec<Command> = buckets
             .iter()
             .map(|&bucket| Command::position(bucket))
             .collect();
-        let answers = ask(&mut self.client, beat, "read positions", commands)?;
-        let stands = answers
-            .into_iter()
-            .map(|answer| answer.ok().as_ref().and_then(reply::offset));
+        let values = insist(&mut self.client, beat, "read positions", &commands)?;
+        let stands = values.iter().map(reply::offset);
         Ok(self.changed(buckets.into_iter().zip(stands)))
+    }
+
+    /// The lowest score in the queues of each of these shards; none where nothing is queued.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`].
+    pub fn lowest_scores(
+        &mut self,
+        shards: &[ShardId],
+        beat: &mut Beat,
+    ) -> Result<Vec<Option<UnixMillis>>, Ended> {
+        let buckets: Vec<Bucket> = shards
+            .iter()
+            .flat_map(|&shard| self.buckets_of(shard))
+            .collect();
+        let commands: Vec<Command> = buckets
+            .iter()
+            .map(|&bucket| Command::first_queued(bucket))
+            .collect();
+        let values = insist(&mut self.client, beat, "read lowest scores", &commands)?;
+        let lowest = |shard: &ShardId| {
+            let of_shard = buckets
+                .iter()
+                .zip(&values)
+                .filter(|(bucket, _)| bucket.shard == *shard);
+            of_shard
+                .filter_map(|(_, value)| reply::scored(value).first().map(|&(_, score)| score))
+                .min()
+        };
+        Ok(shards.iter().map(lowest).collect())
     }
 
     /// Renews the TTLs of queue, position and sum of these shards.
@@ -439,14 +464,14 @@ impl Store {
                     .map(|bucket| (bucket, part.next))
             })
             .collect();
-        let commands = buckets
+        let commands: Vec<Command> = buckets
             .iter()
             .map(|&(bucket, _)| Command::position(bucket))
             .collect();
-        let answers = ask(&mut self.client, beat, "read positions", commands)?;
+        let values = insist(&mut self.client, beat, "read positions", &commands)?;
         let mut stands = Vec::with_capacity(buckets.len());
-        for ((bucket, next), answer) in buckets.into_iter().zip(answers) {
-            let position = answer.ok().as_ref().and_then(reply::offset);
+        for ((bucket, next), value) in buckets.into_iter().zip(&values) {
+            let position = reply::offset(value);
             if position == Some(next) {
                 self.written.insert(bucket, next);
             }

@@ -14,7 +14,7 @@ use shared::{
     config::Config,
     launch::Launch,
     shard::{ShardId, ShardList},
-    time::{Clock, MonoNanos},
+    time::{Clock, MonoNanos, UnixMillis},
 };
 
 use self::{
@@ -24,6 +24,7 @@ use self::{
     commit::Commits,
     consume::{BatchLimits, Collected, Input},
     dlq::DeadLetters,
+    floor::Floor,
     group::{GroupLimits, group},
     insert::{Inserted, Store, Writing},
     intake::Intake,
@@ -39,6 +40,7 @@ pub mod clock;
 pub mod commit;
 pub mod consume;
 pub mod dlq;
+pub mod floor;
 pub mod group;
 pub mod insert;
 pub mod intake;
@@ -50,6 +52,10 @@ pub mod trip;
 const IDLE: Duration = Duration::from_millis(50);
 /// How often positions are read that no batch read.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// How often floors are judged.
+const FLOOR_EVERY: Duration = Duration::from_secs(60);
+/// How long a shard waits before it is read again: what made it so may still be there.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// How often the TTLs of idle shards are renewed.
 const RENEW_EVERY: Duration = Duration::from_secs(3600);
 
@@ -66,6 +72,7 @@ pub(crate) struct Ingest {
     shards: BTreeMap<ShardId, Shard>,
     watched: MonoNanos,
     renewed: MonoNanos,
+    floored: MonoNanos,
 }
 
 /// One shard's clock and counts.
@@ -73,6 +80,7 @@ struct Shard {
     clock: InputClock,
     published: ClockWriter,
     ledger: Ledger,
+    floor: Floor,
 }
 
 impl Shard {
@@ -86,7 +94,7 @@ impl Shard {
 /// A batch that is in Redis, and what it held.
 struct Written {
     inserted: Inserted,
-    counts: Vec<(ShardId, Counts)>,
+    counts: Vec<(ShardId, Counts, UnixMillis)>,
 }
 
 /// Inserts until it is asked to stop.
@@ -134,6 +142,7 @@ impl Ingest {
         }
         again.extend(self.watch()?);
         self.read_again(again)?;
+        self.judge_floors()?;
         self.commits.send_due(&self.input);
         self.run_clocks(outage.is_some())?;
         if let Some(outage) = outage {
@@ -167,7 +176,7 @@ impl Ingest {
     fn settle(&mut self, written: &Written) -> Vec<ShardId> {
         let mono = Clock::mono_now();
         self.commits.add(&written.inserted);
-        for (id, counts) in &written.counts {
+        for (id, counts, latest) in &written.counts {
             let (Some(&next), Some(shard)) =
                 (written.inserted.offsets().get(id), self.shards.get_mut(id))
             else {
@@ -178,6 +187,7 @@ impl Ingest {
             shard.ledger.inserted(counts.inserted);
             shard.ledger.refused(counts.refused);
             let shown = shard.clock.written(mono);
+            shard.floor.note(*latest.max(&shown.clock), next);
             shard.publish(Some(shown));
         }
         written.inserted.rewind().to_vec()
@@ -207,6 +217,8 @@ impl Ingest {
             return Ok(());
         };
         warn!("read again shards={again}: from their positions");
+        self.beat.wait(AGAIN_AFTER);
+        self.beat.go_on()?;
         again.iter().for_each(|shard| self.commits.forget(shard));
         let begun = locate(
             &self.config,
@@ -219,12 +231,40 @@ impl Ingest {
             let Some(shard) = self.shards.get_mut(id) else {
                 continue;
             };
+            shard.floor.rewind(begun.offset());
+            self.commits.set_floor(*id, shard.floor.offset());
             match shard.clock.rewind(begun.clock, Clock::mono_now()) {
                 None => shard.published.unknown(),
                 shown => shard.publish(shown),
             }
         }
         read_from(&begun, &mut self.input, &mut self.commits, &mut self.beat)
+    }
+
+    /// Once a minute: what each commit says of where to begin, should Redis lose everything.
+    fn judge_floors(&mut self) -> Result<(), Ended> {
+        let now = Clock::mono_now();
+        if now.since(self.floored) < FLOOR_EVERY {
+            return Ok(());
+        }
+        self.floored = now;
+        let shards: Vec<ShardId> = self.shards.keys().copied().collect();
+        let lowest = self.store.lowest_scores(&shards, &mut self.beat)?;
+        // Without a limit of age, a trace lives as long as its journal.
+        let age = self
+            .config
+            .buffer
+            .max_segment_age
+            .unwrap_or(self.config.redis.redis_ttl);
+        for (id, lowest) in shards.into_iter().zip(lowest) {
+            let (Some(shard), Some(position)) = (self.shards.get_mut(&id), self.input.next(id))
+            else {
+                continue;
+            };
+            shard.floor.judge(position, lowest, age);
+            self.commits.set_floor(id, shard.floor.offset());
+        }
+        Ok(())
     }
 
     /// Lets the clocks run of shards that are read to their end.
@@ -290,7 +330,8 @@ fn write(
         let frozen = shard.clock.freeze(mono);
         shard.publish(frozen);
         let now = shard.clock.batch(&part.times, mono);
-        counts.push((part.shard, part.counts()));
+        let latest = part.times.iter().copied().max().unwrap_or(now);
+        counts.push((part.shard, part.counts(), latest));
         writings.push(Writing {
             shard: part.shard,
             first: part.first,

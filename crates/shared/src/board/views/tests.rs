@@ -1,3 +1,5 @@
+//! Tests of the views: lives, garbage, clocks read while they are written.
+
 use super::*;
 use crate::board::owner::describe;
 

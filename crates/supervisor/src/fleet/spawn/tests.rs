@@ -1,3 +1,5 @@
+//! Tests of spawning, on real processes.
+
 use std::{
     fs,
     os::unix::process::CommandExt,
