@@ -23,8 +23,9 @@ if stands ~= ARGV[2] then
   redis.call('PEXPIRE', KEYS[1], ARGV[1])
   return {0, stands}
 end
-redis.call('HSET', KEYS[1], 'next', ARGV[3], 'clock', ARGV[4], 'instance', ARGV[6])
+-- What may fail comes first: a position that is no position does not move.
 redis.call('HINCRBY', KEYS[1], 'spans', ARGV[5])
+redis.call('HSET', KEYS[1], 'next', ARGV[3], 'clock', ARGV[4], 'instance', ARGV[6])
 for pair = 7, #ARGV, 2 do
   redis.call('HINCRBY', KEYS[3], ARGV[pair], ARGV[pair + 1])
 end

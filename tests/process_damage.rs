@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use shared::time::{Clock, UnixMillis};
 use stand::kafka::Kafka;
 
@@ -168,4 +169,63 @@ fn damaged_bytes_are_a_counted_outcome_and_what_is_of_a_newer_build_stays() {
         .query(&mut connection)
         .unwrap();
     assert_eq!(left, 2, "{}", world.said);
+}
+
+#[test]
+fn a_position_that_is_none_is_refused_and_named() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.send(&traffic(37, 400, 1));
+    world.await_all();
+    let mut connection = world.redis.connection().unwrap();
+    redis::cmd("HSET")
+        .arg("span-buf:{0.0}:pos")
+        .arg("next")
+        .arg("soon")
+        .exec(&mut connection)
+        .unwrap();
+    let status = world.supervisor().wait_exit(LONG).unwrap();
+    assert_eq!(status.code(), Some(78), "{}", world.log());
+    assert!(
+        world.log().contains("read position shard=0"),
+        "{}",
+        world.log()
+    );
+}
+
+#[test]
+fn a_stop_while_kafka_takes_nothing_ends_in_time_and_loses_nothing() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.workers();
+    world.send(&traffic(38, 400, 1));
+    let refuse = RDKafkaRespErr::RD_KAFKA_RESP_ERR_NOT_ENOUGH_REPLICAS;
+    match &world.kafka {
+        Kafka::Mock(mock) => mock.fail_requests(RDKafkaApiKey::Produce, &[refuse; 20_000]),
+        Kafka::Real(_) => panic!("a mock was started"),
+    }
+    stand::eventually(LONG, "a delivery that waits", || {
+        let mut connection = world.redis.connection().unwrap();
+        let queued = |shard: u32, connection: &mut redis::Connection| {
+            let key = format!("span-buf:{{{shard}.0}}:q");
+            redis::cmd("ZCARD")
+                .arg(key)
+                .query::<u64>(connection)
+                .unwrap()
+        };
+        let left: u64 = (0..SHARDS)
+            .map(|shard| queued(shard, &mut connection))
+            .sum();
+        (inserted(&world) >= 400 && left > 0).then_some(())
+    });
+    // Drained, not killed: well within the default of 25 s.
+    world.drain();
+    match &world.kafka {
+        Kafka::Mock(mock) => mock.fail_no_more(RDKafkaApiKey::Produce),
+        Kafka::Real(_) => panic!("a mock was started"),
+    }
+    world.start();
+    world.await_all();
+    world.settle();
+    world.assert_store_is_even();
 }

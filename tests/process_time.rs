@@ -6,6 +6,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use rdkafka::{
+    config::ClientConfig,
+    producer::{BaseProducer, BaseRecord, Producer as _},
+};
 use shared::time::{Clock, UnixMillis};
 use stand::{
     kafka::{INPUT, Kafka},
@@ -229,4 +233,72 @@ fn a_gap_in_the_input_is_counted_and_passed() {
         .query(&mut connection)
         .unwrap();
     assert_eq!(missing, 2);
+}
+
+#[test]
+fn a_gap_is_counted_once_however_often_nothing_comes_behind_it() {
+    let mut world = World::new(Kafka::Real(stand::kafka::RealKafka::start(SHARDS).unwrap()));
+    world.start();
+    world.send(&slow_trace(
+        "0000000000000000000000000000dddd",
+        1,
+        ago(Duration::from_secs(5)),
+        1,
+    ));
+    world.await_all();
+    world.drain();
+    for message in slow_trace(
+        "0000000000000000000000000000eeee",
+        1,
+        ago(Duration::from_secs(5)),
+        101,
+    ) {
+        world.send_raw(1, message.arrival, Some(&message.payload));
+    }
+    match &world.kafka {
+        Kafka::Real(kafka) => kafka.delete_before(INPUT, 1, 6).unwrap(),
+        Kafka::Mock(_) => panic!("a real broker was started"),
+    }
+    for _ in 0..2 {
+        world.start();
+        stand::eventually(crate::world::LONG, "all shards to begin", || {
+            (world.log().matches("begin shard=").count() == 4).then_some(())
+        });
+        stand::eventually(crate::world::LONG, "all shards to be at work", || {
+            world.said_healthy().then_some(())
+        });
+        world.drain();
+        let mut connection = world.redis.connection().unwrap();
+        let missing: u64 = redis::cmd("HGET")
+            .arg("span-buf:{1.0}:sum")
+            .arg("offset_out_of_range")
+            .query(&mut connection)
+            .unwrap();
+        assert_eq!(missing, 3);
+    }
+}
+
+#[test]
+fn the_mark_of_a_transaction_at_the_end_does_not_stop_the_clock() {
+    let mut world = World::new(Kafka::Real(stand::kafka::RealKafka::start(SHARDS).unwrap()));
+    world.start();
+    let producer: BaseProducer = ClientConfig::new()
+        .set("bootstrap.servers", world.kafka.brokers())
+        .set("transactional.id", "t")
+        .create()
+        .unwrap();
+    producer.init_transactions(crate::world::LONG).unwrap();
+    producer.begin_transaction().unwrap();
+    let payload = span("0000000000000000000000000000ffff", ROOT, None, 1, 10);
+    world.ledger.sent(&payload).unwrap();
+    let now = i64::try_from(Clock::wall_now().0).unwrap();
+    let record = BaseRecord::<(), [u8]>::to(INPUT)
+        .partition(0)
+        .timestamp(now)
+        .payload(&payload[..]);
+    producer.send(record).map_err(|(error, _)| error).unwrap();
+    producer.commit_transaction(crate::world::LONG).unwrap();
+    // What ends the partition is no message: nothing comes behind the span.
+    world.await_all();
+    world.settle_exact();
 }

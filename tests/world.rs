@@ -144,6 +144,22 @@ impl World {
         }
     }
 
+    /// Whether every worker has been at work: USR1 says so.
+    pub(crate) fn said_healthy(&mut self) -> bool {
+        let workers = usize::try_from(self.plan.max_workers + self.plan.ingest_workers).unwrap();
+        let supervisor = self.supervisor();
+        supervisor.signal(Signal::SIGUSR1).unwrap();
+        let log = supervisor.log();
+        let lines: Vec<&str> = log
+            .lines()
+            .filter(|line| line.starts_with("worker slot="))
+            .collect();
+        lines.len() >= workers
+            && lines[lines.len() - workers..]
+                .iter()
+                .all(|line| line.contains("state=healthy"))
+    }
+
     /// Reads until something more has come out.
     pub(crate) fn read_first(&mut self) {
         self.reader

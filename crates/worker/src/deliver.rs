@@ -35,6 +35,8 @@ const REPORTS_WAITING: usize = 1024;
 const SLICE: Duration = Duration::from_millis(250);
 /// How much longer than librdkafka's own time-out a report may take before its client is given up.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long deliveries are awaited after a stop was asked for: well within the supervisor's `drain`.
+const STOP_GRACE: Duration = Duration::from_secs(5);
 /// After how long an awaited delivery shows as backpressure (docs/spec.md 6.1).
 const SHOWN_AFTER: Duration = Duration::from_secs(5);
 
@@ -164,12 +166,13 @@ impl Deliverer {
             answers: vec![None; messages.len()],
             left: messages.len(),
             begun: Clock::mono_now(),
+            stopping: None,
         };
         self.next_ticket = self.next_ticket.wrapping_add(messages.len());
         for (index, message) in messages.iter().enumerate() {
             self.send(index, message, &mut round, beat);
         }
-        while round.left > 0 && !self.overdue(&round) {
+        while round.left > 0 && !self.overdue(&mut round, beat) {
             self.await_some(&mut round, beat);
         }
         beat.backpressure(Reason::Delivery, None);
@@ -202,7 +205,7 @@ impl Deliverer {
                 return;
             };
             match error.rdkafka_error_code() {
-                Some(RDKafkaErrorCode::QueueFull) if !self.overdue(round) => {
+                Some(RDKafkaErrorCode::QueueFull) if !self.overdue(round, beat) => {
                     self.await_some(round, beat)
                 }
                 code => {
@@ -226,8 +229,17 @@ impl Deliverer {
         beat.progress();
     }
 
-    fn overdue(&self, round: &Round) -> bool {
-        Clock::mono_now().since(round.begun) > self.delivery_timeout + GRACE
+    /// Whether the wait is over: librdkafka is late, or a stop was asked for a while ago. What is not answered by then may have
+    /// been written: it stays, and whoever sees it again sees the same `flush_id`.
+    fn overdue(&self, round: &mut Round, beat: &Beat) -> bool {
+        let now = Clock::mono_now();
+        if beat.stopping() {
+            let since = *round.stopping.get_or_insert(now);
+            if now.since(since) > STOP_GRACE {
+                return true;
+            }
+        }
+        now.since(round.begun) > self.delivery_timeout + GRACE
     }
 
     /// A fatal error (idempotence lost) or silence is mended by a new client alone.
@@ -253,6 +265,8 @@ struct Round {
     answers: Vec<Option<Result<(), Fault>>>,
     left: usize,
     begun: MonoNanos,
+    /// Since when a stop is asked for.
+    stopping: Option<MonoNanos>,
 }
 
 impl Round {

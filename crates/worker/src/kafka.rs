@@ -124,6 +124,19 @@ pub fn partitions<C: ClientContext>(
     }
 }
 
+/// Whether Kafka refuses this client: trying again does not help, its rights have to change.
+#[must_use]
+pub fn is_denied(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{
+        ClusterAuthorizationFailed, GroupAuthorizationFailed, TopicAuthorizationFailed,
+    };
+    let code = error.rdkafka_error_code();
+    matches!(
+        code,
+        Some(ClusterAuthorizationFailed | GroupAuthorizationFailed | TopicAuthorizationFailed)
+    )
+}
+
 /// No word on a topic.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -137,6 +150,8 @@ pub struct TopicError {
     /// librdkafka's word.
     pub source: KafkaError,
 }
+
+impl crate::Refusal for TopicError {}
 
 /// Why a broker's limit is not known.
 #[derive(Debug, thiserror::Error)]

@@ -131,8 +131,9 @@ pub(super) fn buffer(raw: &mut Raw) -> Buffer {
 }
 
 pub(super) fn flush(raw: &mut Raw) -> Flush {
+    // Redis 6.2 takes a million arguments in one command.
     Flush {
-        max_flush_segments: number(raw, "flush.max_flush_segments", 1, 1_000_000),
+        max_flush_segments: number(raw, "flush.max_flush_segments", 1, 100_000),
         max_flush_bytes: size(raw, "flush.max_flush_bytes", BYTES_MAX),
         delivery_timeout: duration_within(
             raw,
@@ -145,7 +146,7 @@ pub(super) fn flush(raw: &mut Raw) -> Flush {
 
 pub(super) fn intake(raw: &mut Raw) -> Intake {
     Intake {
-        batch_spans: number(raw, "intake.batch_spans", 1, 10_000_000),
+        batch_spans: number(raw, "intake.batch_spans", 1, 200_000),
         batch_bytes: size(raw, "intake.batch_bytes", 2 << 30),
         // A batch is one of the things between two signs of life.
         batch_time: duration_within(

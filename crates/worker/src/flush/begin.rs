@@ -119,6 +119,9 @@ fn exists(
                     brokers: config.kafka.brokers.clone(),
                     source,
                 };
+                if kafka::is_denied(&error.source) {
+                    return Err(error.into());
+                }
                 beat.failed(Reason::Kafka, "find output topic", &error)?;
             }
         }

@@ -70,6 +70,8 @@ struct CycleEnd {
     begun: MonoNanos,
     /// Something that is due was left.
     left: bool,
+    /// Kafka did not take all.
+    failed: bool,
     /// For each bucket, when its next trace is due.
     next: Vec<(Bucket, UnixMillis)>,
 }
@@ -141,7 +143,13 @@ impl Flush {
         self.beat.cells().queue_depth(depth);
         self.beat.backpressure(Reason::Due, left.then_some(begun));
         self.beat.turn_done();
-        Ok(CycleEnd { begun, left, next })
+        let failed = self.output.left_open();
+        Ok(CycleEnd {
+            begun,
+            left,
+            failed,
+            next,
+        })
     }
 
     /// Waits until something is due by the clocks on the board, at most a second; a stop ends the wait.
@@ -150,6 +158,10 @@ impl Flush {
         loop {
             self.beat.go_on()?;
             let now = Clock::mono_now();
+            if end.failed && now.since(end.begun) < CYCLE_EVERY {
+                self.beat.wait(SLEEP_MAX);
+                continue;
+            }
             if end.left || now.since(end.begun) >= CYCLE_EVERY {
                 return Ok(());
             }

@@ -2,7 +2,7 @@
 //!
 //! In:     loaded segments.
 //! Out:    `Produced`: for each trace, the fields whose every span is acknowledged or a counted outcome.
-//! Keeps:  a segment with a part that nobody acknowledged is named nowhere: it stays in Redis, whole.
+//! Keeps:  an entry with a span in a message that nobody acknowledged is named nowhere: it stays in Redis.
 //! Knows:  topics, headers, what the broker never takes. Not Redis.
 //! Source: docs/spec.md 5.2–5.4.
 
@@ -46,6 +46,8 @@ pub struct Output {
     deliverer: Deliverer,
     topics: Vec<String>,
     next_topic: usize,
+    /// Whether a message of the last round was not answered well.
+    left_open: bool,
     dlq: Option<String>,
     key: MessageKey,
     segment_bytes_max: u64,
@@ -86,10 +88,17 @@ impl Output {
             deliverer,
             topics,
             next_topic: 0,
+            left_open: false,
             dlq,
             key: config.kafka.key,
             segment_bytes_max,
         }
+    }
+
+    /// Whether a message of the last round was not answered well: to send at once again would be in vain.
+    #[must_use]
+    pub fn left_open(&self) -> bool {
+        self.left_open
     }
 
     /// Produces all loaded segments.
@@ -144,20 +153,23 @@ impl Output {
                         dropped: Vec::new(),
                     })
                     .collect();
-                let mut whole = true;
+                let mut open = vec![false; outs.len()];
                 while let Some((sending, outcome)) =
                     answered.next_if(|(sending, _)| sending.place == (trace, index))
                 {
                     match outcome {
                         Outcome::Acknowledged => {}
                         Outcome::TooLarge => drop_part(&sending.part, &mut outs),
-                        Outcome::Open => whole = false,
-                        Outcome::Nowhere => (whole, produced.put_off) = (false, true),
+                        Outcome::Open => keep(&sending.part, &mut open),
+                        Outcome::Nowhere => {
+                            keep(&sending.part, &mut open);
+                            produced.put_off = true;
+                        }
                     }
                 }
-                if whole {
-                    produced.fields.append(&mut outs);
-                }
+                // What went out whole leaves, so that it does not go out again with what did not.
+                let gone = outs.into_iter().zip(open).filter(|(_, open)| !open);
+                produced.fields.extend(gone.map(|(out, _)| out));
             }
             traces.push(produced);
         }
@@ -239,13 +251,18 @@ impl Output {
         for (sending, answer) in sendings.iter().zip(answers) {
             outcomes.push(match answer {
                 Ok(()) => Outcome::Acknowledged,
-                Err(Fault::TooLarge) => self.send_large(sending, beat),
+                // Each is a wait of its own: none while others are not answered, and none after a stop was asked for.
+                Err(Fault::TooLarge) if open.is_none() && !beat.stopping() => {
+                    self.send_large(sending, beat)
+                }
+                Err(Fault::TooLarge) => Outcome::Open,
                 Err(fault) => {
                     open = Some((open.map_or(0, |(count, _)| count) + 1, fault));
                     Outcome::Open
                 }
             });
         }
+        self.left_open = outcomes.contains(&Outcome::Open);
         if let Some((count, fault)) = open {
             warn!(
                 "deliver segments messages={count}: {fault}; they stay, and are sent again at later looks"
@@ -314,6 +331,15 @@ fn outgoing<'m>(sending: &'m Sending, topic: &'m str) -> Outgoing<'m> {
         key: sending.key.as_deref(),
         payload: Some(&sending.part.payload),
         headers: sending.headers.clone(),
+    }
+}
+
+/// Marks the entries that have spans in a part: they stay.
+fn keep(part: &Part, open: &mut [bool]) {
+    for &(field, _) in &part.fields {
+        if let Some(open) = open.get_mut(field) {
+            *open = true;
+        }
     }
 }
 

@@ -13,13 +13,10 @@ use shared::{
     board::Board,
     config::Config,
     launch::Launch,
-    shard::{BucketId, ShardId, ShardList},
+    shard::{ShardId, ShardList},
     time::{Clock, MonoNanos, UnixMillis},
 };
-use store::{
-    client::{Client, Command, Meta, reply},
-    keys::Bucket,
-};
+use store::client::{Client, Meta};
 
 use super::{
     Ingest, Shard,
@@ -34,13 +31,9 @@ use super::{
 };
 use crate::{
     Ended,
-    ask::insist,
     beat::{Beat, Reason},
     checks,
 };
-
-/// The counter of messages that Kafka had deleted before they were read.
-const MISSING: &str = "offset_out_of_range";
 
 /// Where a shard begins, and at what time.
 #[derive(Debug)]
@@ -180,7 +173,7 @@ pub(super) fn locate(
             extent,
         };
         let start = start(shard, &known, config.kafka.offset_reset)?;
-        report(shard, &start, store, beat)?;
+        report(shard, &start, clock, store, beat)?;
         begun.insert(
             shard,
             Begun {
@@ -199,7 +192,13 @@ pub(super) fn locate(
 }
 
 /// Says where a shard begins, and counts what is gone before it.
-fn report(shard: ShardId, start: &Start, store: &mut Store, beat: &mut Beat) -> Result<(), Ended> {
+fn report(
+    shard: ShardId,
+    start: &Start,
+    clock: Option<UnixMillis>,
+    store: &mut Store,
+    beat: &mut Beat,
+) -> Result<(), Ended> {
     let Start {
         offset,
         source,
@@ -212,25 +211,7 @@ fn report(shard: ShardId, start: &Start, store: &mut Store, beat: &mut Beat) -> 
     error!(
         "messages={missing} of shard={shard} before offset={offset} are gone from the input topic, reason=offset_out_of_range (check its retention)"
     );
-    let bucket = Bucket {
-        shard,
-        bucket: BucketId(0),
-    };
-    let sums = insist(
-        store.client(),
-        beat,
-        "read missing messages",
-        &[Command::sum(bucket)],
-    )?;
-    let before = sums.first().map(reply::counters).unwrap_or_default();
-    let before = before
-        .iter()
-        .find(|(name, _)| name == MISSING)
-        .map_or(0, |(_, amount)| *amount);
-    // Only this worker counts them, so the whole amount is written: to do it twice is harmless.
-    let command = Command::set_in_sum(bucket, MISSING, before + missing);
-    insist(store.client(), beat, "count missing messages", &[command])?;
-    Ok(())
+    store.skip_to(shard, offset, missing, clock, beat)
 }
 
 /// Begins to read; a shard that nobody committed anything for gets its floor at once.
@@ -247,7 +228,7 @@ pub(super) fn read_from(
     let new = begun
         .iter()
         .filter(|(_, begun)| begun.uncommitted && begun.start.source != Source::Position);
-    commits.add_floors(new.map(|(&shard, begun)| (shard, begun.start.offset)));
+    new.for_each(|(&shard, begun)| commits.add_start(shard, begun.start.offset));
     until_answered(beat, "assign partitions", || input.begin(&starts))
 }
 

@@ -14,10 +14,13 @@ use shared::time::{MonoNanos, UnixMillis};
 /// alone: docs/spec.md 2.6.
 const REACH: Duration = Duration::from_secs(2);
 
-/// The time of a message: Kafka's, or the wall clock when there is none or it lies ahead.
+/// The time of a message: Kafka's, or the wall clock when there is none or it lies ahead. 0 is what a producer without a clock
+/// writes: taken for a time, it would hold its shard's clock in 1970.
 #[must_use]
 pub fn message_time(kafka: Option<UnixMillis>, wall_now: UnixMillis) -> UnixMillis {
-    kafka.map_or(wall_now, |time| time.min(wall_now))
+    kafka
+        .filter(|&time| time > UnixMillis(0))
+        .map_or(wall_now, |time| time.min(wall_now))
 }
 
 /// What the board tells of a clock: its value at one moment, and up to which moment it runs with CLOCK_MONOTONIC.

@@ -43,9 +43,9 @@ impl Commits {
         self.floors.insert(shard, floor);
     }
 
-    /// Takes where shards begin that nobody committed anything for: their floor, should their position be lost.
-    pub fn add_floors(&mut self, starts: impl Iterator<Item = (ShardId, u64)>) {
-        self.waiting.extend(starts);
+    /// Takes an offset that stands already: where a shard begins that nobody committed for, or where it still is.
+    pub fn add_start(&mut self, shard: ShardId, offset: u64) {
+        self.waiting.entry(shard).or_insert(offset);
     }
 
     /// Lets go of what waits for a shard that is read again.

@@ -29,7 +29,7 @@ const ENDS_EVERY: Duration = Duration::from_millis(750);
 /// How long that question may take: it stands in the way of the next batch.
 const ENDS_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long it is not asked again after it failed.
-const ENDS_PAUSE: Duration = Duration::from_secs(3);
+const ENDS_PAUSE: Duration = Duration::from_millis(1_500);
 
 /// What a call to the consumer may end with.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +71,7 @@ impl ConsumeError {
     /// Whether a later try may go better.
     #[must_use]
     pub fn is_outage(&self) -> bool {
-        matches!(self, Self::Ask { .. })
+        matches!(self, Self::Ask { source, .. } if !kafka::is_denied(source))
     }
 }
 
@@ -85,6 +85,8 @@ pub struct Input {
     shards: BTreeMap<ShardId, Reading>,
     ends_asked: Option<MonoNanos>,
     ends_failed: bool,
+    /// Where the questions one by one go on.
+    ends_cursor: usize,
 }
 
 impl std::fmt::Debug for Input {
@@ -105,6 +107,32 @@ struct Reading {
     paused: bool,
     /// When the broker last said that there is nothing behind `next`: the moment before it was asked.
     at_end: Option<MonoNanos>,
+    /// The consumer came to the end, and nothing has come since.
+    eof: bool,
+    /// The end that the broker told while `eof` stood.
+    eof_end: Option<u64>,
+}
+
+impl Reading {
+    fn at(next: u64, paused: bool) -> Self {
+        Self {
+            next,
+            paused,
+            at_end: None,
+            eof: false,
+            eof_end: None,
+        }
+    }
+
+    /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
+    /// a transaction's end: then the consumer has come to the end, and the end has stayed where it was since.
+    fn take_end(&mut self, end: u64, now: MonoNanos) {
+        let is_stable = self.eof && self.eof_end == Some(end);
+        if self.next >= end || is_stable {
+            self.at_end = Some(now);
+        }
+        self.eof_end = Some(end).filter(|_| self.eof);
+    }
 }
 
 /// First and last offset that a partition holds, the last one exclusive.
@@ -144,6 +172,8 @@ pub struct Collected<'c> {
     messages: Vec<BorrowedMessage<'c>>,
     /// Bytes of all values.
     pub bytes: u64,
+    /// Shards that came to their end, with no message behind it.
+    ends: Vec<ShardId>,
     /// A partition lost its place: its next offset is no longer there.
     pub lost_place: bool,
     /// The broker cannot be reached, or refuses.
@@ -164,6 +194,7 @@ impl Input {
             shards: BTreeMap::new(),
             ends_asked: None,
             ends_failed: false,
+            ends_cursor: 0,
         })
     }
 
@@ -264,14 +295,7 @@ impl Input {
                 .shards
                 .get(&shard)
                 .is_some_and(|reading| reading.paused);
-            self.shards.insert(
-                shard,
-                Reading {
-                    next,
-                    paused,
-                    at_end: None,
-                },
-            );
+            self.shards.insert(shard, Reading::at(next, paused));
         }
         let all = self.list(
             self.shards
@@ -328,9 +352,13 @@ impl Input {
                         deadline = Clock::mono_now().after(limits.time);
                     }
                     batch.bytes += u64::try_from(message.payload_len()).unwrap_or(u64::MAX);
+                    let shard = u32::try_from(message.partition()).map(ShardId);
+                    batch.ends.retain(|end| shard != Ok(*end));
                     batch.messages.push(message);
                 }
-                Some(Err(KafkaError::PartitionEOF(_))) => {}
+                Some(Err(KafkaError::PartitionEOF(partition))) => {
+                    batch.ends.extend(u32::try_from(partition).map(ShardId));
+                }
                 Some(Err(error)) => {
                     match error.rdkafka_error_code() {
                         Some(
@@ -350,8 +378,16 @@ impl Input {
     /// Notes how far a batch has read. What the broker said of the end speaks for the offset before.
     pub fn advance(&mut self, shard: ShardId, next: u64) {
         if let Some(reading) = self.shards.get_mut(&shard) {
-            reading.next = next;
-            reading.at_end = None;
+            *reading = Reading::at(next, reading.paused);
+        }
+    }
+
+    /// Notes that the consumer came to the end of these shards.
+    pub fn came_to_end(&mut self, shards: &[ShardId]) {
+        for shard in shards {
+            if let Some(reading) = self.shards.get_mut(shard) {
+                reading.eof = true;
+            }
         }
     }
 
@@ -378,26 +414,60 @@ impl Input {
         if asked.count() == 0 {
             return Ok(false);
         }
-        self.ends_failed = true;
+        let was_failed = std::mem::replace(&mut self.ends_failed, true);
         // One request a broker: ListOffsets, with the end in place of a time.
-        let answer = self.consumer.offsets_for_times(asked, ENDS_TIMEOUT);
-        let answer = answer.map_err(|source| self.asked("read ends of partitions", source))?;
-        for element in answer.elements() {
-            let Ok(partition) = u32::try_from(element.partition()) else {
-                continue;
-            };
-            let (Some(reading), Some(end)) = (
-                self.shards.get_mut(&ShardId(partition)),
-                real(element.offset()),
-            ) else {
-                continue;
-            };
-            if element.error().is_ok() && reading.next >= end {
-                reading.at_end = Some(now);
+        match self.consumer.offsets_for_times(asked, ENDS_TIMEOUT) {
+            Ok(answer) => {
+                for element in answer.elements() {
+                    let shard = u32::try_from(element.partition()).map(ShardId);
+                    let end = real(element.offset()).filter(|_| element.error().is_ok());
+                    if let (Ok(shard), Some(end)) = (shard, end) {
+                        self.take_end(shard, end, now);
+                    }
+                }
+                self.ends_failed = false;
+                Ok(true)
+            }
+            // It fails as a whole for one partition without a leader: the others are asked one by one.
+            Err(source) if !self.ask_ends_singly() || !was_failed => {
+                Err(self.asked("read ends of partitions", source))
+            }
+            Err(_) => Ok(true),
+        }
+    }
+
+    /// Asks for the ends of some shards, each for itself, for as long as one question may take; says whether any was told.
+    fn ask_ends_singly(&mut self) -> bool {
+        let begun = Clock::mono_now();
+        let open: Vec<ShardId> = self
+            .shards
+            .iter()
+            .filter(|(_, reading)| !reading.paused)
+            .map(|(&shard, _)| shard)
+            .collect();
+        let mut told = false;
+        for turn in 0..open.len() {
+            let now = Clock::mono_now();
+            if now.since(begun) >= ENDS_TIMEOUT {
+                self.ends_cursor = (self.ends_cursor + turn) % open.len();
+                return told;
+            }
+            let shard = open[(self.ends_cursor + turn) % open.len()];
+            let answer =
+                self.consumer
+                    .fetch_watermarks(&self.topic, partition_of(shard), ENDS_TIMEOUT / 4);
+            if let Some(end) = answer.ok().and_then(|(_, high)| u64::try_from(high).ok()) {
+                self.take_end(shard, end, now);
+                told = true;
             }
         }
-        self.ends_failed = false;
-        Ok(true)
+        told
+    }
+
+    fn take_end(&mut self, shard: ShardId, end: u64, now: MonoNanos) {
+        if let Some(reading) = self.shards.get_mut(&shard) {
+            reading.take_end(end, now);
+        }
     }
 
     /// When the broker last said that a shard is read to its end, if it is not paused.
@@ -430,6 +500,12 @@ impl Input {
 }
 
 impl Collected<'_> {
+    /// The shards that came to their end, with no message behind it.
+    #[must_use]
+    pub fn ends(&self) -> &[ShardId] {
+        &self.ends
+    }
+
     /// Whether nothing was read.
     #[must_use]
     pub fn is_empty(&self) -> bool {

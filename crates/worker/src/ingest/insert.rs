@@ -21,7 +21,7 @@ use shared::{
 };
 use store::{
     chunk::Codec,
-    client::{Client, Command, CommandError, Reply, reply},
+    client::{Client, Command, CommandError, Reply, Value, reply},
     keys::{Bucket, Member, bucket_of},
     scripts::{PositionCall, PositionReply},
 };
@@ -73,6 +73,18 @@ impl Inserted {
         &self.rewind
     }
 }
+
+/// The counter of messages that Kafka had deleted before they were read.
+const MISSING: &str = "offset_out_of_range";
+
+/// A position that another program wrote, or damaged.
+#[derive(Debug, thiserror::Error)]
+#[error("read position shard={} bucket={}: it is no position (what else writes to this redis? mend or delete its key)", bucket.shard, bucket.bucket)]
+pub struct UnreadablePosition {
+    bucket: Bucket,
+}
+
+impl crate::Refusal for UnreadablePosition {}
 
 /// The write side of the store.
 #[derive(Debug)]
@@ -134,6 +146,9 @@ impl Store {
                 .zip(insist(&mut self.client, beat, "read positions", &commands)?)
         {
             let position = reply::position(&value);
+            if position.is_none() && value != Value::Array(Vec::new()) {
+                return Err(UnreadablePosition { bucket }.into());
+            }
             match &position {
                 Some(position) => {
                     self.written.insert(bucket, position.next);
@@ -148,6 +163,55 @@ impl Store {
             offsets.push(position.map(|position| position.next));
         }
         Ok((offsets, clock))
+    }
+
+    /// Moves a shard's positions on to an offset: Kafka has deleted what came before it, `missing` messages. Counted in the same
+    /// step, so once.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`].
+    pub fn skip_to(
+        &mut self,
+        shard: ShardId,
+        offset: u64,
+        missing: u64,
+        clock: Option<UnixMillis>,
+        beat: &mut Beat,
+    ) -> Result<(), Ended> {
+        let behind = |bucket: &Bucket| {
+            self.written
+                .get(bucket)
+                .is_none_or(|&written| written < offset)
+        };
+        let buckets = self.buckets_of(shard).filter(behind);
+        let steps: Vec<Step> = buckets
+            .map(|bucket| Step {
+                bucket,
+                before: self.written.get(&bucket).copied(),
+                next: offset,
+                clock: clock.unwrap_or_default(),
+                spans: 0,
+                counts: if bucket.bucket == BucketId(0) {
+                    vec![(MISSING, missing)]
+                } else {
+                    Vec::new()
+                },
+            })
+            .collect();
+        let commands: Vec<Command> = steps
+            .iter()
+            .map(|step| step.command(&self.instance, self.ttl))
+            .collect();
+        for (step, value) in steps.iter().zip(insist(
+            &mut self.client,
+            beat,
+            "skip missing messages",
+            &commands,
+        )?) {
+            // Another position stands: whoever wrote it is seen at the next batch.
+            self.stepped(step, Ok(value));
+        }
+        Ok(())
     }
 
     /// Reads the positions of shards that got nothing; gives those that have to be read again.

@@ -133,10 +133,12 @@ impl Ingest {
                 &mut self.beat,
             )?)
         };
+        let ends = collected.ends().to_vec();
         let Collected {
             lost_place, outage, ..
         } = collected;
         let mut again = written.map_or_else(Vec::new, |written| self.settle(&written));
+        self.input.came_to_end(&ends);
         if lost_place {
             again = self.shards.keys().copied().collect();
         }
@@ -263,6 +265,8 @@ impl Ingest {
             };
             shard.floor.judge(position, lowest, age);
             self.commits.set_floor(id, shard.floor.offset());
+            // An idle shard's commit is sent again: it carries the floor, and the one before may have failed.
+            self.commits.add_start(id, position);
         }
         Ok(())
     }
