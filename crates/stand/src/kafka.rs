@@ -583,7 +583,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "starts a broker: 10 s, and 54 MB from a maven repository the first time"]
     fn a_real_broker_takes_and_gives_back_messages_and_ends_with_its_owner() {
         let mut kafka = RealKafka::start(3).unwrap();
         round_trip(&kafka.brokers());
@@ -614,7 +613,6 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "starts a broker: 10 s, and 54 MB from a maven repository the first time"]
     fn a_proxy_stands_before_a_real_broker() {
         let port = free_port().unwrap();
         let proxy = Proxy::start(&format!("127.0.0.1:{port}")).unwrap();

@@ -70,7 +70,7 @@ impl ConsumerContext for Context {}
 /// The consumer's: offsets and resets are ours alone, prefetch is bounded in bytes.
 #[must_use]
 pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
-    let mut client = common(kafka, "ingest");
+    let mut client = client(kafka, "ingest");
     // librdkafka takes 1 to 2,097,151 KiB.
     let prefetch_kib = (prefetch_bytes / 1024).clamp(1, 2_097_151);
     client
@@ -87,7 +87,7 @@ pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
 /// A producer's: every replica acknowledges, no message is written twice by a retry.
 #[must_use]
 pub fn producer(kafka: &config::Kafka, delivery_timeout: Duration) -> ClientConfig {
-    let mut client = common(kafka, "produce");
+    let mut client = client(kafka, "produce");
     client
         .set("acks", "all")
         .set("enable.idempotence", "true")
@@ -176,7 +176,7 @@ pub fn message_bytes_max(
     topic: &str,
     beat: &Beat,
 ) -> Result<u64, LimitError> {
-    let client: AdminClient<Context> = common(kafka, "describe")
+    let client: AdminClient<Context> = client(kafka, "describe")
         .create_with_context(Context)
         .map_err(LimitError::Refused)?;
     let topics = [ResourceSpecifier::Topic(topic)];
@@ -205,7 +205,7 @@ pub fn message_bytes_max(
     value.ok_or(LimitError::Absent)
 }
 
-fn common(kafka: &config::Kafka, purpose: &str) -> ClientConfig {
+fn client(kafka: &config::Kafka, purpose: &str) -> ClientConfig {
     let mut client = ClientConfig::new();
     client
         .set("bootstrap.servers", &kafka.brokers)
