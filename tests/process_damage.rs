@@ -229,3 +229,18 @@ fn a_stop_while_kafka_takes_nothing_ends_in_time_and_loses_nothing() {
     world.settle();
     world.assert_store_is_even();
 }
+
+#[test]
+fn a_stop_while_kafka_is_away_ends_in_time() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.workers();
+    world.send(&traffic(39, 400, 1));
+    world.await_all();
+    match &world.kafka {
+        Kafka::Mock(mock) => mock.down().unwrap(),
+        Kafka::Real(_) => panic!("a mock was started"),
+    }
+    // Exit code 0: nobody had to be killed.
+    world.drain();
+}

@@ -24,6 +24,9 @@ use super::{consume::Input, insert::Inserted, start::floor_metadata};
 /// How often offsets go to the broker: a restart begins at positions, so a commit is for others to see and for floors.
 const EVERY: Duration = Duration::from_millis(500);
 
+/// How long the answer to the last commit is awaited.
+const LAST_WAIT: Duration = Duration::from_secs(2);
+
 /// The offsets that wait to be committed.
 #[derive(Debug, Default)]
 pub struct Commits {
@@ -61,7 +64,7 @@ impl Commits {
         }
         self.sent = Some(now);
         let waiting = std::mem::take(&mut self.waiting);
-        if let Err(error) = commit(input, &waiting, &self.floors, CommitMode::Async) {
+        if let Err(error) = commit(input, &waiting, &self.floors) {
             warn!(
                 "commit offsets topic={} shards={}: {error}",
                 input.topic(),
@@ -71,18 +74,20 @@ impl Commits {
         }
     }
 
-    /// Sends what waits, and waits for the answer: the end of a worker.
+    /// Sends what waits, and waits a moment for the answer: the end of a worker. A broker that is away keeps nobody: the next
+    /// start begins at positions.
     pub fn send_last(&mut self, input: &Input) {
         let waiting = std::mem::take(&mut self.waiting);
         if waiting.is_empty() {
             return;
         }
-        if let Err(error) = commit(input, &waiting, &self.floors, CommitMode::Sync) {
-            warn!(
+        match commit(input, &waiting, &self.floors) {
+            Ok(()) => input.await_commit(LAST_WAIT),
+            Err(error) => warn!(
                 "commit last offsets topic={} shards={}: {error} (the next start begins at positions)",
                 input.topic(),
                 waiting.len()
-            );
+            ),
         }
     }
 
@@ -97,7 +102,6 @@ fn commit(
     input: &Input,
     offsets: &BTreeMap<ShardId, u64>,
     floors: &BTreeMap<ShardId, u64>,
-    mode: CommitMode,
 ) -> Result<(), KafkaError> {
     let topic = input.topic();
     let mut list = TopicPartitionList::with_capacity(offsets.len());
@@ -115,5 +119,5 @@ fn commit(
             element.set_metadata(floor_metadata(floor));
         }
     }
-    input.consumer().commit(&list, mode)
+    input.consumer().commit(&list, CommitMode::Async)
 }

@@ -6,13 +6,18 @@
 //! Knows:  rdkafka's consumer. Not what a record means.
 //! Source: docs/spec.md 2.6, 4.1, 6.2, 7.4.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
+use log::warn;
 use rdkafka::{
-    Offset, TopicPartitionList,
-    config::ClientConfig,
-    consumer::{BaseConsumer, Consumer},
-    error::{KafkaError, RDKafkaErrorCode},
+    ClientContext, Offset, TopicPartitionList,
+    config::{ClientConfig, RDKafkaLogLevel},
+    consumer::{BaseConsumer, Consumer, ConsumerContext},
+    error::{KafkaError, KafkaResult, RDKafkaErrorCode},
     message::{BorrowedMessage, Message},
 };
 use shared::{
@@ -24,12 +29,42 @@ use shared::{
 use super::{batch::Record, clock::message_time};
 use crate::kafka::{self, ANSWER_TIMEOUT, Context};
 
+/// How long one wait for the answer to a commit lasts.
+const COMMIT_SLICE: Duration = Duration::from_millis(50);
 /// How often the broker is asked for the ends of the partitions; an answer speaks for 2 s (docs/spec.md 2.6).
 const ENDS_EVERY: Duration = Duration::from_millis(750);
 /// How long that question may take: it stands in the way of the next batch.
 const ENDS_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long it is not asked again after it failed.
 const ENDS_PAUSE: Duration = Duration::from_millis(1_500);
+
+/// What the consumer tells beside messages.
+#[derive(Debug, Default)]
+pub struct Events {
+    commits_answered: AtomicU64,
+}
+
+impl ClientContext for Events {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
+        Context.log(level, facility, line);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        Context.error(error, reason);
+    }
+}
+
+impl ConsumerContext for Events {
+    fn commit_callback(&self, result: KafkaResult<()>, offsets: &TopicPartitionList) {
+        self.commits_answered.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = result {
+            warn!(
+                "commit offsets shards={}: {error} (the next commit makes up for it)",
+                offsets.count()
+            );
+        }
+    }
+}
 
 /// What a call to the consumer may end with.
 #[derive(Debug, thiserror::Error)]
@@ -79,7 +114,7 @@ impl crate::Refusal for ConsumeError {}
 
 /// The consumer and where each of its shards stands.
 pub struct Input {
-    consumer: BaseConsumer<Context>,
+    consumer: BaseConsumer<Events>,
     topic: String,
     brokers: String,
     shards: BTreeMap<ShardId, Reading>,
@@ -200,7 +235,7 @@ impl Input {
 
     /// The consumer itself, for commits.
     #[must_use]
-    pub fn consumer(&self) -> &BaseConsumer<Context> {
+    pub fn consumer(&self) -> &BaseConsumer<Events> {
         &self.consumer
     }
 
@@ -375,6 +410,20 @@ impl Input {
         batch
     }
 
+    /// Waits for the answer to a commit; what is read meanwhile is let go, so it is the last thing to do.
+    pub fn await_commit(&self, length: Duration) {
+        let answered = || {
+            self.consumer
+                .context()
+                .commits_answered
+                .load(Ordering::Relaxed)
+        };
+        let (before, until) = (answered(), Clock::mono_now().after(length));
+        while answered() == before && Clock::mono_now() < until {
+            drop(self.consumer.poll(COMMIT_SLICE));
+        }
+    }
+
     /// Notes how far a batch has read. What the broker said of the end speaks for the offset before.
     pub fn advance(&mut self, shard: ShardId, next: u64) {
         if let Some(reading) = self.shards.get_mut(&shard) {
@@ -533,9 +582,9 @@ impl Collected<'_> {
     }
 }
 
-fn make(client: &ClientConfig) -> Result<BaseConsumer<Context>, ConsumeError> {
+fn make(client: &ClientConfig) -> Result<BaseConsumer<Events>, ConsumeError> {
     client
-        .create_with_context(Context)
+        .create_with_context(Events::default())
         .map_err(ConsumeError::Make)
 }
 
