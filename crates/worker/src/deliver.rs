@@ -74,6 +74,14 @@ pub struct ProducerError(#[source] KafkaError);
 
 impl crate::Refusal for ProducerError {}
 
+/// What delivers messages: Kafka, or in a bench nobody.
+pub trait Deliver: std::fmt::Debug {
+    /// Sends all messages and waits for the answer to each.
+    ///
+    /// Shape: one answer for each message, in the order given.
+    fn deliver(&mut self, messages: &[Outgoing<'_>], beat: &mut Beat) -> Vec<Result<(), Fault>>;
+}
+
 /// A producer whose every delivery is awaited.
 pub struct Deliverer {
     client: ClientConfig,
@@ -150,43 +158,6 @@ impl Deliverer {
         self.producer.client()
     }
 
-    /// Sends all messages and waits for the answer to each.
-    ///
-    /// Shape: one answer for each message, in the order given.
-    /// Units: bounded by the delivery time-out and 5 s.
-    pub fn deliver(
-        &mut self,
-        messages: &[Outgoing<'_>],
-        beat: &mut Beat,
-    ) -> Vec<Result<(), Fault>> {
-        let phase = beat.phase_now();
-        beat.phase(Phase::Kafka);
-        let mut round = Round {
-            first: self.next_ticket,
-            answers: vec![None; messages.len()],
-            left: messages.len(),
-            begun: Clock::mono_now(),
-            stopping: None,
-        };
-        self.next_ticket = self.next_ticket.wrapping_add(messages.len());
-        for (index, message) in messages.iter().enumerate() {
-            self.send(index, message, &mut round, beat);
-        }
-        while round.left > 0 && !self.overdue(&mut round, beat) {
-            self.await_some(&mut round, beat);
-        }
-        beat.backpressure(Reason::Delivery, None);
-        beat.phase(phase);
-        if round.left > 0 || self.producer.client().fatal_error().is_some() {
-            self.make_anew();
-        }
-        round
-            .answers
-            .into_iter()
-            .map(|answer| answer.unwrap_or(Err(Fault::Silent)))
-            .collect()
-    }
-
     /// Hands one message to librdkafka; while its queue is full, takes reports.
     fn send(&mut self, index: usize, message: &Outgoing<'_>, round: &mut Round, beat: &mut Beat) {
         loop {
@@ -256,6 +227,38 @@ impl Deliverer {
             // The same properties were taken before; the old client goes on failing, and this is tried again.
             Err(error) => warn!("{}", crate::chain(&error)),
         }
+    }
+}
+
+impl Deliver for Deliverer {
+    /// Units: bounded by the delivery time-out and 5 s.
+    fn deliver(&mut self, messages: &[Outgoing<'_>], beat: &mut Beat) -> Vec<Result<(), Fault>> {
+        let phase = beat.phase_now();
+        beat.phase(Phase::Kafka);
+        let mut round = Round {
+            first: self.next_ticket,
+            answers: vec![None; messages.len()],
+            left: messages.len(),
+            begun: Clock::mono_now(),
+            stopping: None,
+        };
+        self.next_ticket = self.next_ticket.wrapping_add(messages.len());
+        for (index, message) in messages.iter().enumerate() {
+            self.send(index, message, &mut round, beat);
+        }
+        while round.left > 0 && !self.overdue(&mut round, beat) {
+            self.await_some(&mut round, beat);
+        }
+        beat.backpressure(Reason::Delivery, None);
+        beat.phase(phase);
+        if round.left > 0 || self.producer.client().fatal_error().is_some() {
+            self.make_anew();
+        }
+        round
+            .answers
+            .into_iter()
+            .map(|answer| answer.unwrap_or(Err(Fault::Silent)))
+            .collect()
     }
 }
 

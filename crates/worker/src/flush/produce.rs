@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     beat::Beat,
-    deliver::{Deliverer, Fault, Outgoing},
+    deliver::{Deliver, Deliverer, Fault, Outgoing},
 };
 
 /// What of one trace may leave Redis. Only `clear` takes it, and it is made here only.
@@ -42,8 +42,8 @@ impl Produced {
 
 /// The output topics.
 #[derive(Debug)]
-pub struct Output {
-    deliverer: Deliverer,
+pub struct Output<D = Deliverer> {
+    deliverer: D,
     topics: Vec<String>,
     next_topic: usize,
     /// Whether a message of the last round was not answered well.
@@ -74,15 +74,10 @@ enum Outcome {
     Open,
 }
 
-impl Output {
+impl<D: Deliver> Output<D> {
     /// Takes a producer; `dlq` is none where there is no such topic.
     #[must_use]
-    pub fn new(
-        config: &Config,
-        deliverer: Deliverer,
-        dlq: Option<String>,
-        segment_bytes_max: u64,
-    ) -> Self {
+    pub fn new(config: &Config, deliverer: D, dlq: Option<String>, segment_bytes_max: u64) -> Self {
         let topics = config.kafka.output_topics.clone();
         Self {
             deliverer,
@@ -99,6 +94,11 @@ impl Output {
     #[must_use]
     pub fn left_open(&self) -> bool {
         self.left_open
+    }
+
+    /// What it delivers with.
+    pub fn deliverer_mut(&mut self) -> &mut D {
+        &mut self.deliverer
     }
 
     /// Produces all loaded segments.

@@ -17,7 +17,7 @@ use super::batch::Refused;
 use crate::{
     Ended,
     beat::{Beat, Reason},
-    deliver::{Deliverer, Fault, Outgoing, ProducerError},
+    deliver::{Deliver, Deliverer, Fault, Outgoing, ProducerError},
 };
 
 /// The longest reason that goes into a header.

@@ -1,0 +1,185 @@
+//! What the pure rooms of a worker cost alone: parse and group on the way in, assemble and splice on the way out.
+
+#![expect(clippy::unwrap_used, reason = "a bench on its own input")]
+
+use std::{hint::black_box, time::Duration};
+
+use criterion::{BatchSize, Criterion, Throughput};
+use shared::{
+    ids::{OrganizationId, ProjectId, SpanId, TraceId},
+    shard::ShardId,
+    time::UnixMillis,
+};
+use store::{
+    chunk::{self, Codec},
+    entry::{EntryHeader, SpanAt},
+    keys::Member,
+};
+use worker::{
+    flush::{
+        assemble::{Entry, Limits, assemble},
+        message::{LoadedEntry, build},
+    },
+    ingest::{
+        group::{Arrived, GroupLimits, group},
+        parse::parse,
+    },
+};
+
+/// Spans of a batch, in segments of 20 whose spans hang under one root, child first.
+const SPANS: usize = 5_000;
+const SEGMENT: usize = 20;
+/// Spans of an entry.
+const ENTRY: usize = 5;
+const NOW: UnixMillis = UnixMillis(1_700_000_000_000);
+
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    let messages: Vec<Vec<u8>> = (0..SPANS).map(message).collect();
+    way_in(&mut criterion, &messages);
+    way_out(&mut criterion, &messages);
+    criterion.final_summary();
+}
+
+fn id(place: usize) -> String {
+    format!("{:016x}", 0x0123_4567_0000_0000_usize + place)
+}
+
+/// About a kilobyte.
+fn message(place: usize) -> Vec<u8> {
+    let (segment, from_last) = (place / SEGMENT, place % SEGMENT);
+    let root = id(segment * SEGMENT + SEGMENT - 1);
+    let parent = if from_last == SEGMENT - 1 {
+        "null".to_owned()
+    } else {
+        format!("\"{root}\"")
+    };
+    let attributes: Vec<String> = (0..12)
+        .map(|number| {
+            format!(
+                "\"some.attribute.{number}\":{{\"type\":\"string\",\"value\":\"value {}\"}}",
+                place * 31 + number
+            )
+        })
+        .collect();
+    format!(
+        "{{\"organization_id\":1,\"project_id\":1,\"trace_id\":\"{segment:032x}\",\"span_id\":\"{}\",\"parent_span_id\":{parent},\"start_timestamp\":1.5,\"end_timestamp\":2.5,\"received\":3.5,\"retention_days\":90,\"status\":\"ok\",\"name\":\"GET /\",\"attributes\":{{{}}}}}",
+        id(place),
+        attributes.join(",")
+    )
+    .into_bytes()
+}
+
+fn arrived(messages: &[Vec<u8>]) -> Vec<Arrived<'_>> {
+    (0..)
+        .zip(messages)
+        .map(|(offset, json)| Arrived {
+            offset,
+            time: NOW,
+            span: parse(json).unwrap(),
+        })
+        .collect()
+}
+
+fn spans(count: usize) -> Throughput {
+    Throughput::Elements(u64::try_from(count).unwrap())
+}
+
+fn way_in(criterion: &mut Criterion, messages: &[Vec<u8>]) {
+    let mut ingest = criterion.benchmark_group("ingest");
+    ingest.throughput(spans(SPANS));
+    ingest.bench_function("parse", |bencher| {
+        bencher.iter(|| {
+            for json in messages {
+                black_box(parse(json).unwrap());
+            }
+        })
+    });
+    let limits = GroupLimits {
+        spans_max: 1_000,
+        bytes_max: 1 << 20,
+    };
+    let arrived = arrived(messages);
+    ingest.bench_function("group", |bencher| {
+        bencher.iter_batched(
+            || arrived.clone(),
+            |spans| group(spans, &limits),
+            BatchSize::LargeInput,
+        )
+    });
+    ingest.finish();
+}
+
+fn way_out(criterion: &mut Criterion, messages: &[Vec<u8>]) {
+    const LIMITS: Limits = Limits {
+        timeout: Duration::from_secs(60),
+        root_timeout: Duration::from_secs(10),
+        max_segment_age: None,
+        max_segment_bytes: u64::MAX,
+        max_trace_bytes: u64::MAX,
+        max_trace_entries: u64::MAX,
+    };
+    let root = SpanId::new(id(SEGMENT - 1).as_bytes());
+    let spans_of_one = arrived(&messages[..SEGMENT]);
+    let headers: Vec<EntryHeader> = spans_of_one
+        .chunks(ENTRY)
+        .map(|spans| EntryHeader {
+            has_root: spans.iter().any(|span| span.span.parent.is_none()),
+            organization: OrganizationId(1),
+            arrival: NOW,
+            top: root.clone(),
+            spans: spans
+                .iter()
+                .map(|span| SpanAt {
+                    offset: span.offset,
+                    id: span.span.id.clone(),
+                })
+                .collect(),
+            bytes: 5_000,
+        })
+        .collect();
+    let chunks: Vec<chunk::Chunk> = spans_of_one
+        .chunks(ENTRY)
+        .map(|spans| {
+            let payloads: Vec<_> = spans
+                .iter()
+                .map(|span| (span.span.json, &span.span.splice))
+                .collect();
+            chunk::decode(&chunk::encode(Codec::None, &payloads), u64::MAX).unwrap()
+        })
+        .collect();
+    let mut flush = criterion.benchmark_group("flush of a segment of 20 spans");
+    flush.throughput(spans(SEGMENT));
+    let entries: Vec<Entry> = headers
+        .iter()
+        .map(|header| Entry {
+            field: header.encode(),
+            header: header.clone(),
+        })
+        .collect();
+    flush.bench_function("assemble", |bencher| {
+        bencher.iter_batched(
+            || entries.clone(),
+            |entries| assemble(entries, NOW, &LIMITS),
+            BatchSize::SmallInput,
+        )
+    });
+    let loaded: Vec<LoadedEntry<'_>> = headers
+        .iter()
+        .zip(&chunks)
+        .map(|(header, chunk)| LoadedEntry { header, chunk })
+        .collect();
+    let member = Member::new(ProjectId(1), &TraceId::Hex(0));
+    flush.bench_function("splice", |bencher| {
+        bencher.iter(|| {
+            build(
+                ShardId(0),
+                black_box(&member),
+                &root,
+                black_box(&loaded),
+                10 << 20,
+            )
+        })
+    });
+    flush.finish();
+}

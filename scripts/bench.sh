@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Measures Spanbuf against the raw limit of Redis and against a model of the original's way, and writes docs/performance.md.
+#
+# scripts/bench.sh [PART…]     parts: store codecs kafka latency report; without one all of them, about half an hour
+#   SPANBUF_RECORDINGS         files of real spans for `codecs`, as for scripts/acceptance.sh; without any it is left out
+#   SPANBUF_RATE               spans a second of `latency`; without it half of what `kafka` found the whole way to take
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/needs.sh
+need_toolchain
+need setpriv util-linux "the private Redis dies with the bench"
+cargo build --workspace --bins
+cargo build --package e2e --example bench
+bench=target/debug/examples/bench
+parts=("$@")
+[ $# -gt 0 ] || parts=(store codecs kafka latency report)
+for part in "${parts[@]}"; do
+    # What a part found before is no longer true.
+    [ "$part" = report ] || rm -f "target/bench/$part.tsv"
+    case $part in
+    store)
+        for size in 1 5 100 10000 100000; do "$bench" store "$size" lz4; done
+        for size in 5 100; do "$bench" store "$size" none zstd; done
+        ;;
+    codecs)
+        read -ra files <<<"${SPANBUF_RECORDINGS:-}"
+        if [ ${#files[@]} -gt 0 ]; then "$bench" codecs "${files[@]}"; fi
+        ;;
+    kafka) "$bench" kafka ;;
+    latency) "$bench" latency "${SPANBUF_RATE:-$("$bench" half)}" 30 ;;
+    report) "$bench" report "$(date -u +%Y-%m-%d)" ;;
+    *)
+        echo "error: no part of the bench: $part (store codecs kafka latency report)" >&2
+        exit 64
+        ;;
+    esac
+done

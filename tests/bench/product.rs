@@ -1,0 +1,180 @@
+//! The product's own rooms, in the order of `ingest::pass` and `flush::cycle`, without Kafka.
+//!
+//! Keeps:  nothing of them is copied here: what is measured is what runs.
+//! Source: crates/worker/src/ingest/mod.rs, crates/worker/src/flush/mod.rs.
+
+use std::collections::BTreeMap;
+
+use shared::{
+    board::BoardOwner,
+    config::{Compression, Config, Flags},
+    launch::{Launch, Role},
+    shard::{BucketId, ShardId},
+    signals::Stop,
+    time::UnixMillis,
+};
+use stand::redis::Redis;
+use store::{client::Client, keys::Bucket};
+use worker::{
+    beat::Beat,
+    deliver::{Deliver, Fault, Outgoing},
+    flush::{
+        assemble::Limits,
+        choose::{Budget, choose},
+        clear, due,
+        headers::{self, Failures},
+        load,
+        produce::Output,
+    },
+    ingest::{
+        dlq::{DeadLetters, Settled},
+        insert::{Store, Writing},
+    },
+};
+
+use crate::{
+    Flushed, SEGMENT_BYTES_MAX, SEGMENTS_A_CYCLE, Way, groups,
+    input::{ARRIVAL, Envelope},
+};
+
+const SHARD: ShardId = ShardId(0);
+const BUCKET: Bucket = Bucket {
+    shard: SHARD,
+    bucket: BucketId(0),
+};
+/// Everything is due.
+const LATER: UnixMillis = UnixMillis(ARRIVAL.0 + 3_600_000);
+
+pub(crate) struct Product {
+    config: Config,
+    store: Store,
+    settled: Settled,
+    client: Client,
+    output: Output<Nobody>,
+    beat: Beat,
+    _board: BoardOwner,
+    offset: u64,
+}
+
+/// Takes every message and forgets it.
+#[derive(Debug, Default)]
+struct Nobody(Flushed);
+
+impl Deliver for Nobody {
+    fn deliver(&mut self, messages: &[Outgoing<'_>], _: &mut Beat) -> Vec<Result<(), Fault>> {
+        for message in messages {
+            let spans = message.headers.iter().find(|(name, _)| *name == "spans");
+            let spans = std::str::from_utf8(&spans.unwrap().1).unwrap().parse();
+            self.0.add(spans.unwrap(), message.payload.unwrap());
+        }
+        vec![Ok(()); messages.len()]
+    }
+}
+
+impl Product {
+    pub(crate) fn new(redis: &Redis, compression: Compression) -> Self {
+        let variables = [
+            ("SPANBUF_REDIS__NODES".into(), redis.address().into()),
+            ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into()),
+            ("SPANBUF_KAFKA__INPUT_DLQ".into(), "".into()),
+        ];
+        let mut config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
+        config.redis.compression = compression;
+        // A machine that others work on as well: a slow answer is no outage.
+        config.redis.timeout = std::time::Duration::from_secs(20);
+        let shards = config.supervision.shards.clone();
+        let board = BoardOwner::create(&shards, 1).unwrap();
+        let launch = Launch {
+            role: Role::Ingest,
+            index: 0,
+            slot: 0,
+            generation: 0,
+            shards: shards.clone(),
+            flush_workers: 1,
+            supervisor: 0,
+            board: 0,
+            config: config.clone(),
+        };
+        let mut beat = Beat::new(board.board(), &launch, Stop::install_interactive().unwrap());
+        beat.ready();
+        let mut client = Client::new(&config.redis).unwrap();
+        let instance = client.meta(config.redis.buckets, &shards).unwrap().instance;
+        let writer = Client::new(&config.redis).unwrap();
+        let mut store = Store::new(writer, instance, &config.redis, &config.buffer);
+        store.adopt(SHARD, &mut beat).unwrap();
+        let settled = DeadLetters::new(&config.kafka)
+            .unwrap()
+            .settle(&[], &mut beat)
+            .unwrap();
+        Self {
+            store,
+            settled,
+            client,
+            output: Output::new(&config, Nobody::default(), None, SEGMENT_BYTES_MAX),
+            beat,
+            _board: board,
+            offset: 0,
+            config,
+        }
+    }
+
+    fn cycle(&mut self) -> bool {
+        let buffer = &self.config.buffer;
+        let limits = Limits {
+            timeout: buffer.timeout,
+            root_timeout: buffer.root_timeout,
+            max_segment_age: buffer.max_segment_age,
+            max_segment_bytes: SEGMENT_BYTES_MAX,
+            max_trace_bytes: buffer.max_trace_bytes,
+            max_trace_entries: buffer.max_trace_entries,
+        };
+        let budget = Budget {
+            segments: SEGMENTS_A_CYCLE,
+            bytes: self.config.flush.max_flush_bytes,
+        };
+        let ttl = self.config.redis.redis_ttl;
+        let (client, beat) = (&mut self.client, &mut self.beat);
+        let queues = due::read(client, beat, &[(BUCKET, LATER)], budget.segments).unwrap();
+        let journals = headers::look(
+            client,
+            beat,
+            queues.due,
+            limits.root_timeout,
+            ttl,
+            &mut Failures::default(),
+        )
+        .unwrap();
+        let chosen = choose(journals, &limits, &budget);
+        let loaded = load::load(client, beat, chosen.looks).unwrap();
+        let produced = self.output.produce(loaded, beat);
+        clear::clear(client, beat, produced, ttl, &BTreeMap::new()).unwrap();
+        queues.more || chosen.left
+    }
+}
+
+impl Way for Product {
+    fn insert(&mut self, batch: Vec<Envelope<'_>>) {
+        let first = self.offset;
+        self.offset += batch
+            .iter()
+            .map(|envelope| envelope.len() as u64)
+            .sum::<u64>();
+        let writing = Writing {
+            shard: SHARD,
+            first,
+            next: self.offset,
+            now: ARRIVAL,
+            subsegments: groups(batch),
+        };
+        let inserted = self
+            .store
+            .insert(&[writing], &self.settled, &mut self.beat)
+            .unwrap();
+        assert!(inserted.rewind().is_empty());
+    }
+
+    fn flush(&mut self) -> Flushed {
+        while self.cycle() {}
+        std::mem::take(&mut self.output.deliverer_mut().0)
+    }
+}

@@ -1,0 +1,339 @@
+//! Makes docs/performance.md and its plot of what the parts measured.
+//!
+//! In:     target/bench/*.tsv; the date.
+//! Out:    tables between two marks of docs/performance.md, what stands around them stays; docs/performance.svg.
+//! Keeps:  a ratio is taken within each round, and the median of the rounds is told; a target that was not measured is not met.
+//! Source: docs/store.md 7.
+
+use std::{collections::BTreeMap, fmt::Write as _, fs};
+
+use crate::{SIZES, WAYS, plot};
+
+const BEGIN: &str = "<!-- measured: scripts/bench.sh writes what follows -->";
+const END: &str = "<!-- end of what scripts/bench.sh writes -->";
+/// The default of `redis.compression`.
+const DEFAULT_CODEC: &str = "lz4";
+
+/// Columns of a line behind its key.
+#[derive(Debug, Clone, Copy)]
+enum Figure {
+    SpansASecond,
+    ClientUs,
+    RedisUs,
+    Bytes,
+}
+
+use Figure::{Bytes, ClientUs, RedisUs, SpansASecond};
+
+/// `(way, size, codec, phase)`.
+type Key = (String, String, String, String);
+
+/// The rounds of each key.
+pub(crate) struct Measured(BTreeMap<Key, Vec<[f64; 4]>>);
+
+impl Measured {
+    fn read(part: &str) -> Self {
+        let text = fs::read_to_string(format!("target/bench/{part}.tsv")).unwrap_or_default();
+        let mut rows: BTreeMap<Key, Vec<[f64; 4]>> = BTreeMap::new();
+        for line in text.lines() {
+            let fields: Vec<&str> = line.split('\t').collect();
+            let [_, way, size, codec, phase, figures @ ..] = &fields[..] else {
+                continue;
+            };
+            let key = [way, size, codec, phase].map(|part| (*part).to_owned());
+            let [way, size, codec, phase] = key;
+            let figures: Vec<f64> = figures
+                .iter()
+                .map(|figure| figure.parse().unwrap())
+                .collect();
+            rows.entry((way, size, codec, phase))
+                .or_default()
+                .push(figures.try_into().unwrap());
+        }
+        Self(rows)
+    }
+
+    fn rounds(&self, way: &str, size: usize, codec: &str, phase: &str) -> &[[f64; 4]] {
+        let key = [way, &size.to_string(), codec, phase].map(str::to_owned);
+        let [way, size, codec, phase] = key;
+        self.0
+            .get(&(way, size, codec, phase))
+            .map_or(&[], Vec::as_slice)
+    }
+
+    pub(crate) fn redis_us(&self, way: &str, size: usize) -> Option<f64> {
+        self.median(way, size, DEFAULT_CODEC, "insert", RedisUs)
+    }
+
+    pub(crate) fn spans_a_second(&self, way: &str, size: usize) -> Option<f64> {
+        self.median(way, size, DEFAULT_CODEC, "insert", SpansASecond)
+    }
+
+    fn median(
+        &self,
+        way: &str,
+        size: usize,
+        codec: &str,
+        phase: &str,
+        figure: Figure,
+    ) -> Option<f64> {
+        let rounds = self.rounds(way, size, codec, phase).iter();
+        median(rounds.map(|round| round[figure as usize]).collect())
+    }
+
+    /// How many times `below` goes into `above`, round by round.
+    fn ratio(
+        &self,
+        above: (&str, usize),
+        below: (&str, usize),
+        phase: &str,
+        figure: Figure,
+    ) -> Option<f64> {
+        let above = self.rounds(above.0, above.1, DEFAULT_CODEC, phase);
+        let below = self.rounds(below.0, below.1, DEFAULT_CODEC, phase);
+        let rounds = above.iter().zip(below);
+        median(
+            rounds
+                .map(|(above, below)| above[figure as usize] / below[figure as usize])
+                .collect(),
+        )
+    }
+}
+
+fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+pub(crate) fn write(date: &str) {
+    let store = Measured::read("store");
+    let mut text = format!(
+        "Measured {date} by `scripts/bench.sh`, on {}.\n\n",
+        machine()
+    );
+    targets(&store, &mut text);
+    table(&store, &mut text);
+    kafka(&mut text);
+    latency(&mut text);
+    codecs(&mut text);
+    let path = "docs/performance.md";
+    let old = fs::read_to_string(path).unwrap_or_else(|_| format!("{BEGIN}\n{END}\n"));
+    let (head, rest) = old.split_once(BEGIN).unwrap();
+    let (_, tail) = rest.split_once(END).unwrap();
+    fs::write(path, format!("{head}{BEGIN}\n\n{text}\n{END}{tail}")).unwrap();
+    fs::write("docs/performance.svg", plot::draw(&store)).unwrap();
+}
+
+/// Half of the spans a second that one worker of each role takes when both are at work: as long as their parts together.
+pub(crate) fn half_of_capacity() -> u64 {
+    let kafka = Measured::read("kafka");
+    let seconds: f64 = ["insert", "flush"]
+        .iter()
+        .map(|phase| {
+            let spans = kafka.median("product", 1, "lz4", phase, SpansASecond);
+            1.0 / spans.expect("`kafka` before `latency`")
+        })
+        .sum();
+    format!("{:.0}", 0.5 / seconds).parse().unwrap()
+}
+
+fn machine() -> String {
+    let of = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let cpus = of("/proc/cpuinfo");
+    let model = cpus
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map_or("a processor without a name", |rest| {
+            rest.trim_start_matches(['\t', ' ', ':'])
+        });
+    let cores = cpus
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    format!(
+        "{cores} cores of {model}, Linux {}, everything on them at once",
+        of("/proc/sys/kernel/osrelease").trim()
+    )
+}
+
+/// Every figure of docs/store.md 7.
+fn targets(store: &Measured, text: &mut String) {
+    text.push_str("| figure | wanted | measured | |\n|---|---|---|---|\n");
+    let mut row = |what: String, wanted: f64, at_most: bool, measured: Option<f64>| {
+        let met = match measured {
+            None => "not measured",
+            Some(measured) if (measured <= wanted) == at_most => "met",
+            Some(_) => "**missed**",
+        };
+        let sign = if at_most { "≤" } else { "≥" };
+        let measured = measured.map_or_else(|| "–".into(), |measured| format!("{measured:.2}"));
+        writeln!(text, "| {what} | {sign} {wanted:.2} | {measured} | {met} |").unwrap();
+    };
+    for (size, wanted) in [(5, 2.0), (100, 1.5), (10_000, 1.5)] {
+        row(
+            format!(
+                "Redis time of insert ÷ raw limit, {} spans a segment",
+                grouped(size)
+            ),
+            wanted,
+            true,
+            store.ratio(("product", size), ("raw", size), "insert", RedisUs),
+        );
+    }
+    for size in [100, 10_000, 100_000] {
+        row(
+            format!("Redis time of insert at {} spans ÷ at 5", grouped(size)),
+            1.2,
+            true,
+            store.ratio(("product", size), ("product", 5), "insert", RedisUs),
+        );
+    }
+    for phase in ["insert", "flush"] {
+        for size in [5, 100, 10_000] {
+            row(
+                format!("spans/s of {phase} ÷ raw limit, {} spans", grouped(size)),
+                1.0 / 1.5,
+                false,
+                store.ratio(("product", size), ("raw", size), phase, SpansASecond),
+            );
+        }
+    }
+    for size in [5, 100, 10_000] {
+        let at = grouped(size);
+        let pair = (("product", size), ("original", size));
+        row(
+            format!("Redis time of insert ÷ the original's way, {at} spans"),
+            1.0 / 6.0,
+            true,
+            store.ratio(pair.0, pair.1, "insert", RedisUs),
+        );
+        for phase in ["insert", "flush"] {
+            row(
+                format!("spans/s of {phase} ÷ the original's way, {at} spans"),
+                3.0,
+                false,
+                store.ratio(pair.0, pair.1, phase, SpansASecond),
+            );
+        }
+        row(
+            format!("Redis memory ÷ the original's way, {at} spans"),
+            1.0 / 3.0,
+            true,
+            store.ratio(pair.0, pair.1, "insert", Bytes),
+        );
+    }
+    text.push('\n');
+}
+
+fn table(store: &Measured, text: &mut String) {
+    for phase in ["insert", "flush"] {
+        writeln!(
+            text,
+            "### {} without Kafka: raw limit · original's way · product\n\n| spans a segment | packed | spans/s, thousands | client µs a span | Redis µs a span | Redis bytes a span |\n|---|---|---|---|---|---|",
+            if phase == "insert" { "Insert" } else { "Flush" }
+        )
+        .unwrap();
+        for codec in ["none", "lz4", "zstd"] {
+            for size in SIZES {
+                let cell = |figure: Figure, scale: f64, places: usize| {
+                    let cells = WAYS.map(|way| {
+                        store.median(way, size, codec, phase, figure).map_or_else(
+                            || "–".into(),
+                            |value| format!("{:.places$}", value / scale),
+                        )
+                    });
+                    cells.join(" · ")
+                };
+                if WAYS
+                    .iter()
+                    .all(|way| store.rounds(way, size, codec, phase).is_empty())
+                {
+                    continue;
+                }
+                let bytes = if phase == "insert" {
+                    cell(Bytes, 1.0, 0)
+                } else {
+                    String::new()
+                };
+                writeln!(
+                    text,
+                    "| {} | {codec} | {} | {} | {} | {bytes} |",
+                    grouped(size),
+                    cell(SpansASecond, 1_000.0, 0),
+                    cell(ClientUs, 1.0, 2),
+                    cell(RedisUs, 1.0, 2),
+                )
+                .unwrap();
+            }
+        }
+        text.push('\n');
+    }
+}
+
+fn kafka(text: &mut String) {
+    let measured = Measured::read("kafka");
+    text.push_str("### The whole way, with Kafka\n\nReal supervisor and workers, segments of 10 spans, a mock Kafka and a Redis on the same cores; flush begins when insert is over.\n\n| workers of a role | | spans/s, thousands | worker µs a span | Redis µs a span |\n|---|---|---|---|---|\n");
+    for workers in [1, 2, 4] {
+        for phase in ["insert", "flush"] {
+            let of = |figure: Figure| measured.median("product", workers, "lz4", phase, figure);
+            if let (Some(spans), Some(client), Some(redis)) =
+                (of(SpansASecond), of(ClientUs), of(RedisUs))
+            {
+                writeln!(
+                    text,
+                    "| {workers} | {} | {:.0} | {client:.2} | {redis:.2} |",
+                    if phase == "insert" { "ingest" } else { "flush" },
+                    spans / 1_000.0
+                )
+                .unwrap();
+            }
+        }
+    }
+    text.push('\n');
+}
+
+fn latency(text: &mut String) {
+    let lines = fs::read_to_string("target/bench/latency.tsv").unwrap_or_default();
+    text.push_str("### Lateness\n\nFrom a segment's deadline (last arrival as stored, and its timeout) until a reader has its message from Kafka, one worker of each role.\n\n| spans/s sent | segments looked at | not seen | least, ms | p50 | p90 | p99 | most |\n|---|---|---|---|---|---|---|---|\n");
+    for line in lines.lines() {
+        writeln!(text, "| {} |", line.replace('\t', " | ")).unwrap();
+    }
+    text.push('\n');
+}
+
+fn codecs(text: &mut String) {
+    let measured = Measured::read("codecs");
+    text.push_str("### Packing, on recorded spans\n\n| recording | packed | | spans/s, thousands | client µs a span | Redis µs a span | Redis bytes a span |\n|---|---|---|---|---|---|---|\n");
+    for ((name, _, codec, phase), rounds) in &measured.0 {
+        let of = |figure: Figure| {
+            median(rounds.iter().map(|round| round[figure as usize]).collect()).unwrap()
+        };
+        let bytes = if phase == "insert" {
+            format!("{:.0}", of(Bytes))
+        } else {
+            String::new()
+        };
+        writeln!(
+            text,
+            "| {name} | {codec} | {phase} | {:.0} | {:.2} | {:.2} | {bytes} |",
+            of(SpansASecond) / 1_000.0,
+            of(ClientUs),
+            of(RedisUs)
+        )
+        .unwrap();
+    }
+    text.push('\n');
+}
+
+/// A number with commas.
+pub(crate) fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
