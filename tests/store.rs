@@ -12,5 +12,6 @@
 )]
 
 mod store_calls;
+mod store_cluster;
 mod store_full;
 mod store_scripts;

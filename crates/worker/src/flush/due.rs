@@ -118,6 +118,7 @@ mod tests {
 
     fn traces(shard: u32, count: u64) -> VecDeque<Due> {
         let bucket = Bucket {
+            slice: None,
             shard: ShardId(shard),
             bucket: BucketId(0),
         };

@@ -173,18 +173,9 @@ impl Flush {
             .shards
             .iter()
             .filter_map(|shard| Some((shard, self.board.clock(shard)?.read(now))));
+        let buckets = self.client.buckets();
         known
-            .flat_map(|(shard, clock)| {
-                (0..self.config.redis.buckets).map(move |bucket| {
-                    (
-                        Bucket {
-                            shard,
-                            bucket: shared::shard::BucketId(bucket),
-                        },
-                        clock,
-                    )
-                })
-            })
+            .flat_map(|(shard, clock)| buckets.of_shard(shard).map(move |bucket| (bucket, clock)))
             .collect()
     }
 
