@@ -12,6 +12,7 @@
     reason = "helpers of a test fail loudly"
 )]
 
+mod process_cluster;
 mod process_input;
 mod process_kills;
 mod process_refusals;
