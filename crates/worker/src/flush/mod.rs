@@ -25,7 +25,7 @@ use self::{
     assemble::Limits,
     choose::{Budget, choose},
     due::Queues,
-    headers::Failures,
+    headers::{Failures, Looked},
     produce::Output,
     upkeep::Upkeep,
 };
@@ -115,7 +115,10 @@ impl Flush {
             depth,
             ..
         } = queues;
-        let journals = headers::look(
+        let Looked {
+            journals,
+            left: unread,
+        } = headers::look(
             &mut self.client,
             &mut self.beat,
             due,
@@ -135,7 +138,7 @@ impl Flush {
             &self.ledgers,
         )?;
 
-        let left = more || chosen.left;
+        let left = more || unread || chosen.left;
         self.upkeep.turn(&mut self.client, &mut self.beat, ttl)?;
         self.beat.cells().queue_depth(depth);
         self.beat.backpressure(Reason::Due, left.then_some(begun));
