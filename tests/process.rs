@@ -12,10 +12,12 @@
     reason = "helpers of a test fail loudly"
 )]
 
+mod process_cluster;
 mod process_damage;
 mod process_input;
 mod process_kills;
 mod process_refusals;
+mod process_sizes;
 mod process_time;
 mod process_whole;
 mod world;

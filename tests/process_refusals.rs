@@ -127,9 +127,9 @@ const ROWS: [Row; 18] = [
     Row {
         name: "a key whose feature does not exist yet",
         arguments: &["--shards", "0-7"],
-        variables: &[("SPANBUF_REDIS__CLUSTER", "true")],
+        variables: &[("SPANBUF_REDIS__TLS", "true")],
         code: 78,
-        says: &["SPANBUF_REDIS__CLUSTER"],
+        says: &["SPANBUF_REDIS__TLS"],
     },
 ];
 

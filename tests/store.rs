@@ -13,5 +13,6 @@
 )]
 
 mod store_calls;
+mod store_cluster;
 mod store_full;
 mod store_scripts;

@@ -15,13 +15,14 @@ use shared::{
 use stand::{proxy::Proxy, redis::Redis};
 use store::{
     client::{CheckError, Client, Command, CommandError, Refusal, reply},
-    keys::{Bucket, META_KEY, Member, journal_key, position_key},
+    keys::{Bucket, Member, journal_key, meta_key, position_key},
     scripts::{PositionCall, PositionReply},
 };
 
 use crate::store_scripts::{client, config};
 
 const BUCKET: Bucket = Bucket {
+    slice: None,
     shard: ShardId(0),
     bucket: BucketId(0),
 };
@@ -73,7 +74,7 @@ fn every_command_gets_its_own_reply() {
             (1_200, Ok(value)) => {
                 assert_eq!(PositionReply::read(&value), Ok(PositionReply::Written))
             }
-            // The script was unknown, and ran after all the others.
+            // The script was unknown, and ran behind all the others.
             (1_400, Ok(value)) => assert_eq!(value, Value::Nil),
             (_, reply) => assert_eq!(reply.unwrap(), Value::Int(0), "{place}"),
         }
@@ -166,7 +167,7 @@ fn servers_that_would_lose_spans_are_refused() {
         "{error}"
     );
     redis.config_set("maxmemory-policy", "noeviction").unwrap();
-    assert_eq!(client.check().unwrap().maxmemory, 50 << 20);
+    assert_eq!(client.check().unwrap()[0].maxmemory, 50 << 20);
     let mut connection = redis.connection().unwrap();
     redis::cmd("REPLICAOF")
         .arg("127.0.0.1")
@@ -187,12 +188,12 @@ fn a_store_is_described_once_and_another_layout_is_refused() {
     let redis = Redis::start().unwrap();
     let mut client = client(&redis, Duration::from_secs(2));
     let shards = "0-3".parse().unwrap();
-    let meta = client.meta(1, &shards).unwrap();
-    assert_eq!(client.meta(1, &shards).unwrap(), meta);
+    let meta = client.meta(&shards).unwrap();
+    assert_eq!(client.meta(&shards).unwrap(), meta);
     assert_eq!(meta.instance.len(), 32);
     let mut connection = redis.connection().unwrap();
     let ttl: i64 = redis::cmd("TTL")
-        .arg(META_KEY)
+        .arg(meta_key(None))
         .query(&mut connection)
         .unwrap();
     assert_eq!(ttl, -1);
@@ -200,23 +201,23 @@ fn a_store_is_described_once_and_another_layout_is_refused() {
     // The key is gone while positions stand: the id is taken from them.
     client.run(&[position(5)]).remove(0).unwrap();
     redis::cmd("DEL")
-        .arg(META_KEY)
+        .arg(meta_key(None))
         .exec(&mut connection)
         .unwrap();
-    assert_eq!(client.meta(1, &shards).unwrap().instance, "inst");
+    assert_eq!(client.meta(&shards).unwrap().instance, "inst");
 
     // A described store is only read: a full server does not keep a worker from starting.
     redis.config_set("maxmemory", "1").unwrap();
-    assert_eq!(client.meta(1, &shards).unwrap().instance, "inst");
+    assert_eq!(client.meta(&shards).unwrap().instance, "inst");
     redis.config_set("maxmemory", "0").unwrap();
 
     redis::cmd("HSET")
-        .arg(META_KEY)
+        .arg(meta_key(None))
         .arg("layout")
         .arg("9")
         .exec(&mut connection)
         .unwrap();
-    let error = client.meta(1, &shards).unwrap_err();
+    let error = client.meta(&shards).unwrap_err();
     assert!(
         matches!(error, CheckError::OtherStore { what: "layout", .. }) && !error.is_outage(),
         "{error}"

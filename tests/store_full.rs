@@ -21,6 +21,7 @@ use store::{
 use crate::store_scripts::client;
 
 const BUCKET: Bucket = Bucket {
+    slice: None,
     shard: ShardId(0),
     bucket: BucketId(0),
 };

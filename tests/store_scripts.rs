@@ -21,10 +21,12 @@ use store::{
 };
 
 const BUCKET: Bucket = Bucket {
+    slice: None,
     shard: ShardId(3),
     bucket: BucketId(0),
 };
 const NEIGHBOUR: Bucket = Bucket {
+    slice: None,
     shard: ShardId(4),
     bucket: BucketId(0),
 };

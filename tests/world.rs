@@ -1,4 +1,4 @@
-//! A Kafka, a Redis behind a proxy, a supervisor with its workers, and both sides of the ledger.
+//! A Kafka, a Redis behind a proxy or a cluster, a supervisor with its workers, and both sides of the ledger.
 //!
 //! In:     a Kafka, settings.
 //! Out:    what came out, compared with what was sent; what Redis holds, read without our own client.
@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, time::Duration};
 use nix::sys::signal::Signal;
 use shared::time::{Clock, UnixMillis};
 use stand::{
+    cluster::{Cluster, MASTERS},
     eventually,
     kafka::{INPUT, Kafka, OUTPUT},
     launch::{Supervisor, SupervisorPlan, Worker},
@@ -31,11 +32,18 @@ pub(crate) struct World {
     pub(crate) plan: SupervisorPlan,
     pub(crate) proxy: Proxy,
     pub(crate) redis: Redis,
+    /// In the place of `redis`, which idles then.
+    pub(crate) cluster: Option<Cluster>,
+    /// How keys are cut: the slice as it stands in tags, and the buckets of a shard.
+    slice: &'static str,
+    buckets: u32,
     pub(crate) ledger: Ledger,
     pub(crate) output: Vec<Message>,
     /// What a supervisor that was drained had said.
     pub(crate) said: String,
-    reader: Reader,
+    readers: Vec<Reader>,
+    /// How many messages came out of each output topic.
+    pub(crate) came: Vec<usize>,
     producer: Producer,
     pub(crate) kafka: Kafka,
 }
@@ -55,13 +63,36 @@ impl World {
             plan,
             proxy,
             redis,
+            cluster: None,
+            slice: "",
+            buckets: 1,
             ledger: Ledger::new(),
             output: Vec::new(),
             said: String::new(),
-            reader,
+            readers: vec![reader],
+            came: vec![0; 2],
             producer,
             kafka,
         }
+    }
+
+    /// On a cluster of three with `replicas` each: four buckets a shard, a slice, two ingest workers, two output topics.
+    pub(crate) fn on_cluster(kafka: Kafka, replicas: usize) -> Self {
+        const SECOND: &str = "buffered-segments-2";
+        kafka.create_topic(SECOND, SHARDS).unwrap();
+        let mut world = Self::new(kafka);
+        let cluster = Cluster::start_with(replicas, &[]).unwrap();
+        world.plan.redis = cluster.addresses();
+        world.plan.ingest_workers = 2;
+        world.plan.settings = settings(&format!(
+            "redis.cluster = true\nredis.buckets = 4\nredis.slice = 3\nkafka.output_topics = [\"{OUTPUT}\", \"{SECOND}\"]\n"
+        ));
+        world.cluster = Some(cluster);
+        (world.slice, world.buckets) = ("3-", 4);
+        world
+            .readers
+            .push(Reader::new(&world.kafka.brokers(), SECOND).unwrap());
+        world
     }
 
     pub(crate) fn start(&mut self) -> &mut Supervisor {
@@ -82,7 +113,7 @@ impl World {
 
     /// Reads the output from another topic.
     pub(crate) fn read_from(&mut self, topic: &str) {
-        self.reader = Reader::new(&self.kafka.brokers(), topic).unwrap();
+        self.readers = vec![Reader::new(&self.kafka.brokers(), topic).unwrap()];
     }
 
     /// All workers at this moment, once there are as many as the plan says.
@@ -162,7 +193,7 @@ impl World {
 
     /// Reads until something more has come out.
     pub(crate) fn read_first(&mut self) {
-        self.reader
+        self.readers[0]
             .read_until(LONG, "a segment", |came| !came.is_empty())
             .unwrap();
         self.read_some();
@@ -170,14 +201,14 @@ impl World {
 
     /// Reads what comes within half a second.
     pub(crate) fn read_some(&mut self) {
-        // It is late every time: nothing is ever enough.
-        drop(
-            self.reader
-                .read_until(Duration::from_millis(500), "", |_| false),
-        );
-        let came = self.reader.take();
-        self.ledger.read_output(&came);
-        self.output.extend(came);
+        for (reader, count) in self.readers.iter_mut().zip(&mut self.came) {
+            // It is late every time: nothing is ever enough.
+            drop(reader.read_until(Duration::from_millis(500), "", |_| false));
+            let came = reader.take();
+            *count += came.len();
+            self.ledger.read_output(&came);
+            self.output.extend(came);
+        }
     }
 
     /// Drains the supervisor: it ends well, and leaves nothing.
@@ -205,10 +236,13 @@ impl World {
 
     /// Reads the output to its end, and compares.
     pub(crate) fn read_rest(&mut self) -> Balance {
-        self.reader.read_to_end(LONG).unwrap();
-        let came = self.reader.take();
-        self.ledger.read_output(&came);
-        self.output.extend(came);
+        for (reader, count) in self.readers.iter_mut().zip(&mut self.came) {
+            reader.read_to_end(LONG).unwrap();
+            let came = reader.take();
+            *count += came.len();
+            self.ledger.read_output(&came);
+            self.output.extend(came);
+        }
         self.ledger.balance()
     }
 
@@ -229,9 +263,11 @@ impl World {
 
     /// Inserted = produced + dropped + repeats, and nothing is left in Redis. Read without our own client.
     pub(crate) fn assert_store_is_even(&self) {
-        let mut connection = self.redis.connection().unwrap();
-        for shard in 0..SHARDS {
-            let key = |what: &str| format!("span-buf:{{{shard}.0}}:{what}");
+        for (shard, bucket) in
+            (0..SHARDS).flat_map(|shard| (0..self.buckets).map(move |bucket| (shard, bucket)))
+        {
+            let key = |what: &str| format!("span-buf:{{{}{shard}.{bucket}}}:{what}", self.slice);
+            let mut connection = self.connection(&key("pos"));
             let spans: Option<u64> = redis::cmd("HGET")
                 .arg(key("pos"))
                 .arg("spans")
@@ -255,14 +291,31 @@ impl World {
             assert_eq!(
                 (spans.unwrap_or(0), queued),
                 (summed, 0),
-                "shard {shard}: {sum:?}"
+                "shard {shard} bucket {bucket}: {sum:?}"
             );
         }
-        let journals: Vec<String> = redis::cmd("KEYS")
-            .arg("span-buf:*:t:*")
-            .query(&mut connection)
-            .unwrap();
-        assert!(journals.is_empty(), "{journals:?}");
+        let nodes: Vec<&Redis> = match &self.cluster {
+            Some(cluster) => (0..MASTERS).map(|node| cluster.node(node)).collect(),
+            None => vec![&self.redis],
+        };
+        for node in nodes {
+            let journals: Vec<String> = redis::cmd("KEYS")
+                .arg("span-buf:*:t:*")
+                .query(&mut node.connection().unwrap())
+                .unwrap();
+            assert!(journals.is_empty(), "{journals:?}");
+        }
+    }
+
+    /// A connection to the node that has this key.
+    fn connection(&self, key: &str) -> redis::Connection {
+        match &self.cluster {
+            Some(cluster) => {
+                let slot = cluster.slot_of(key.as_bytes()).unwrap();
+                cluster.connection(cluster.owner(slot).unwrap()).unwrap()
+            }
+            None => self.redis.connection().unwrap(),
+        }
     }
 
     /// Every message holds to the published schema of the output.

@@ -39,6 +39,7 @@ use crate::{
 
 const SHARD: ShardId = ShardId(0);
 const BUCKET: Bucket = Bucket {
+    slice: None,
     shard: SHARD,
     bucket: BucketId(0),
 };
@@ -98,7 +99,7 @@ impl Product {
         let mut beat = Beat::new(board.board(), &launch, Stop::install_interactive().unwrap());
         beat.ready();
         let mut client = Client::new(&config.redis).unwrap();
-        let instance = client.meta(config.redis.buckets, &shards).unwrap().instance;
+        let instance = client.meta(&shards).unwrap().instance;
         let writer = Client::new(&config.redis).unwrap();
         let mut store = Store::new(writer, instance, &config.redis, &config.buffer);
         store.adopt(SHARD, &mut beat).unwrap();
@@ -135,7 +136,7 @@ impl Product {
         let ttl = self.config.redis.redis_ttl;
         let (client, beat) = (&mut self.client, &mut self.beat);
         let queues = due::read(client, beat, &[(BUCKET, LATER)], budget.segments).unwrap();
-        let journals = headers::look(
+        let looked = headers::look(
             client,
             beat,
             queues.due,
@@ -144,11 +145,11 @@ impl Product {
             &mut Failures::default(),
         )
         .unwrap();
-        let chosen = choose(journals, &limits, &budget);
+        let chosen = choose(looked.journals, &limits, &budget);
         let loaded = load::load(client, beat, chosen.looks).unwrap();
         let produced = self.output.produce(loaded, beat);
         clear::clear(client, beat, produced, ttl, &BTreeMap::new()).unwrap();
-        queues.more || chosen.left
+        queues.more || looked.left || chosen.left
     }
 }
 

@@ -18,6 +18,10 @@ pub struct ShardId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct BucketId(pub u32);
 
+/// One of several Spanbufs that share a Redis: its keys stand apart from theirs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SliceId(pub u32);
+
 /// The largest shard number: topics of more partitions than this do not exist in the field.
 pub const SHARD_MAX: u32 = 65_535;
 /// The most shards of one supervisor: its board and its consumer stay small.
@@ -199,6 +203,12 @@ fn number(digits: &str, part: &str) -> Result<u32, ShardListError> {
 }
 
 impl fmt::Display for ShardId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for SliceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }

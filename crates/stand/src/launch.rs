@@ -41,7 +41,7 @@ pub struct SupervisorPlan {
     pub ingest_workers: u32,
     /// Kafka's address.
     pub brokers: String,
-    /// The address of Redis.
+    /// The address of Redis; of a cluster several, with commas between them.
     pub redis: String,
     /// More lines of the configuration, with dotted keys: `buffer.timeout = "2s"`.
     pub settings: String,
@@ -423,10 +423,15 @@ fn config_path(directory: &Path) -> PathBuf {
 fn write_config(directory: &Path, plan: &SupervisorPlan) -> Result<(), StandError> {
     let run_dir = run_dir(directory);
     fs::create_dir_all(&run_dir).map_err(StandError::system("make a run directory"))?;
+    let nodes: Vec<String> = plan
+        .redis
+        .split(',')
+        .map(|node| format!("{node:?}"))
+        .collect();
     let text = format!(
-        "kafka.brokers = {:?}\nredis.nodes = [{:?}]\nsupervision.run_dir = {:?}\n{}\n",
+        "kafka.brokers = {:?}\nredis.nodes = [{}]\nsupervision.run_dir = {:?}\n{}\n",
         plan.brokers,
-        plan.redis,
+        nodes.join(", "),
         run_dir.to_string_lossy(),
         plan.settings
     );

@@ -6,6 +6,7 @@
 //! Knows:  rdkafka, redis, child processes. Never linked into supervisor or worker.
 //! Source: docs/house.md 4, 9.
 
+pub mod cluster;
 pub mod kafka;
 pub mod launch;
 pub mod ledger;

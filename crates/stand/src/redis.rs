@@ -144,12 +144,28 @@ impl Redis {
     /// As [`Redis::start`].
     pub fn restart_empty(&mut self) -> Result<(), StandError> {
         self.stop()?;
-        match std::fs::remove_file(self.dump()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(StandError::system("remove the dump of redis")(error))
+        let log_of_writes = self.directory.path().join("appendonlydir");
+        for removed in [
+            std::fs::remove_file(self.dump()),
+            std::fs::remove_dir_all(log_of_writes),
+        ] {
+            match removed {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(StandError::system("remove the data of redis")(error));
+                }
+                _ => {}
             }
-            _ => self.launch(),
         }
+        self.launch()
+    }
+
+    /// Starts a stopped server at its address with what lies on its disk: nothing, unless its settings keep a log of writes.
+    ///
+    /// # Errors
+    /// As [`Redis::start`].
+    pub fn start_again(&mut self) -> Result<(), StandError> {
+        self.stop()?;
+        self.launch()
     }
 
     /// Stops the server and starts it at the same address with the data that it held.

@@ -9,12 +9,10 @@
 use std::fmt;
 
 use shared::{
+    config,
     ids::{ProjectId, TraceId},
-    shard::{BucketId, ShardId},
+    shard::{BucketId, ShardId, SliceId},
 };
-
-/// Instance id, layout version and number of buckets: the one key without a bucket.
-pub const META_KEY: &[u8] = b"span-buf:meta";
 
 /// The longest trace id that stands in keys as it is. Units: bytes.
 const TRACE_TEXT_MAX: usize = 128;
@@ -24,6 +22,8 @@ const HASH_DIGITS: usize = 64;
 /// A bucket of a shard: what lies on one node together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Bucket {
+    /// The slice, where several Spanbufs share a store.
+    pub slice: Option<SliceId>,
     /// The shard.
     pub shard: ShardId,
     /// Which of its buckets.
@@ -32,21 +32,81 @@ pub struct Bucket {
 
 impl fmt::Display for Bucket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(slice) = self.slice {
+            write!(f, "{slice}-")?;
+        }
         write!(f, "{}.{}", self.shard, self.bucket)
     }
 }
 
-/// The bucket of a trace: by the hash of `<project>:<trace>`, the same in every version and on every machine.
-#[must_use]
-pub fn bucket_of(shard: ShardId, project: ProjectId, trace: &TraceId, buckets: u32) -> Bucket {
-    let bucket = if buckets <= 1 {
-        0
-    } else {
-        spread(project, trace, buckets)
-    };
-    Bucket {
-        shard,
-        bucket: BucketId(bucket),
+/// How each shard of a slice is cut into buckets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buckets {
+    slice: Option<SliceId>,
+    count: u32,
+}
+
+impl Buckets {
+    /// That many buckets a shard, at least one.
+    #[must_use]
+    pub fn new(slice: Option<SliceId>, count: u32) -> Self {
+        Self {
+            slice,
+            count: count.max(1),
+        }
+    }
+
+    /// The same slice, cut into another number.
+    #[must_use]
+    pub fn of_count(self, count: u32) -> Self {
+        Self::new(self.slice, count)
+    }
+
+    /// The slice.
+    #[must_use]
+    pub fn slice(self) -> Option<SliceId> {
+        self.slice
+    }
+
+    /// How many buckets a shard has.
+    #[must_use]
+    pub fn count(self) -> u32 {
+        self.count
+    }
+
+    /// A shard's first bucket, which counts for the shard.
+    #[must_use]
+    pub fn first(self, shard: ShardId) -> Bucket {
+        self.numbered(shard, 0)
+    }
+
+    /// All buckets of a shard.
+    pub fn of_shard(self, shard: ShardId) -> impl Iterator<Item = Bucket> {
+        (0..self.count).map(move |bucket| self.numbered(shard, bucket))
+    }
+
+    /// The bucket of a trace: by the hash of `<project>:<trace>`, the same in every version and on every machine.
+    #[must_use]
+    pub fn of_trace(self, shard: ShardId, project: ProjectId, trace: &TraceId) -> Bucket {
+        let bucket = match self.count {
+            1 => 0,
+            count => spread(project, trace, count),
+        };
+        self.numbered(shard, bucket)
+    }
+
+    fn numbered(self, shard: ShardId, bucket: u32) -> Bucket {
+        Bucket {
+            slice: self.slice,
+            shard,
+            bucket: BucketId(bucket),
+        }
+    }
+}
+
+impl From<&config::Redis> for Buckets {
+    fn from(redis: &config::Redis) -> Self {
+        Self::new(redis.slice, redis.buckets)
     }
 }
 
@@ -158,6 +218,15 @@ fn start_of_member(project: ProjectId, mark: u8) -> Vec<u8> {
     bytes
 }
 
+/// Instance id, layout version and number of buckets: the one key of a slice without a bucket.
+#[must_use]
+pub fn meta_key(slice: Option<SliceId>) -> Vec<u8> {
+    match slice {
+        Some(slice) => format!("span-buf:meta:{slice}").into_bytes(),
+        None => b"span-buf:meta".to_vec(),
+    }
+}
+
 /// The journal of a trace: a hash of entry headers and chunks.
 #[must_use]
 pub fn journal_key(bucket: Bucket, member: &Member) -> Vec<u8> {
@@ -195,6 +264,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     const BUCKET: Bucket = Bucket {
+        slice: None,
         shard: ShardId(7),
         bucket: BucketId(3),
     };
@@ -239,6 +309,13 @@ mod tests {
         assert_eq!(queue_key(BUCKET), b"span-buf:{7.3}:q");
         assert_eq!(position_key(BUCKET), b"span-buf:{7.3}:pos");
         assert_eq!(sum_key(BUCKET), b"span-buf:{7.3}:sum");
+        let sliced = Bucket {
+            slice: Some(SliceId(2)),
+            ..BUCKET
+        };
+        assert_eq!(queue_key(sliced), b"span-buf:{2-7.3}:q");
+        assert_eq!(meta_key(None), b"span-buf:meta");
+        assert_eq!(meta_key(Some(SliceId(2))), b"span-buf:meta:2");
     }
 
     #[test]
@@ -312,13 +389,13 @@ mod tests {
         ];
         for (project, trace, buckets, bucket) in rows {
             assert_eq!(
-                bucket_of(
+                Buckets::new(None, buckets).of_trace(
                     ShardId(3),
                     ProjectId(project),
                     &TraceId::new(trace),
-                    buckets
                 ),
                 Bucket {
+                    slice: None,
                     shard: ShardId(3),
                     bucket: BucketId(bucket)
                 }
@@ -352,8 +429,8 @@ mod tests {
         }
 
         #[test]
-        fn no_trace_changes_the_hash_tag(shard: u32, bucket: u32, project: u64, trace in trace()) {
-            let bucket = Bucket { shard: ShardId(shard), bucket: BucketId(bucket) };
+        fn no_trace_changes_the_hash_tag(slice: Option<u32>, shard: u32, bucket: u32, project: u64, trace in trace()) {
+            let bucket = Bucket { slice: slice.map(SliceId), shard: ShardId(shard), bucket: BucketId(bucket) };
             let tag = bucket.to_string().into_bytes();
             let keys = [journal_key(bucket, &member(project, &trace)), queue_key(bucket), position_key(bucket), sum_key(bucket)];
             for key in &keys {
@@ -364,7 +441,7 @@ mod tests {
 
         #[test]
         fn buckets_stay_in_range(project: u64, trace in trace(), buckets: u32) {
-            let bucket = bucket_of(ShardId(1), ProjectId(project), &TraceId::new(&trace), buckets);
+            let bucket = Buckets::new(None, buckets).of_trace(ShardId(1), ProjectId(project), &TraceId::new(&trace));
             prop_assert!(bucket.bucket.0 < buckets.max(1));
         }
     }

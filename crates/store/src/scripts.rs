@@ -132,7 +132,8 @@ impl PositionCall<'_> {
         for (counter, amount) in self.counts {
             call.arg(counter).arg(amount);
         }
-        Command::script(self.bucket, &POSITION, call)
+        // Another node may lack what this one acknowledged: the caller reads its position first.
+        Command::script(self.bucket, &POSITION, call).staying()
     }
 }
 

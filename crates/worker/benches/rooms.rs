@@ -178,6 +178,7 @@ fn way_out(criterion: &mut Criterion, messages: &[Vec<u8>]) {
                 &root,
                 black_box(&loaded),
                 10 << 20,
+                |part| drop(black_box(part)),
             )
         })
     });

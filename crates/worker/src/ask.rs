@@ -2,7 +2,7 @@
 //!
 //! In:     commands that may be sent twice.
 //! Out:    a reply to each: a value, or a refusal that time does not mend.
-//! Keeps:  a command with a good reply is not sent again; the worker shows progress, and a stop ends the asking.
+//! Keeps:  a command with a good reply is not sent again, unless it has to stand behind one that is; the worker shows progress, and a stop ends the asking.
 //! Knows:  the client and its error classes. No key, no meaning.
 //! Source: docs/store.md 2, 4; docs/supervision.md 3.
 
@@ -41,6 +41,9 @@ pub fn ask(
                 Err(error) if error.is_outage() => {
                     left.push((place, command));
                     outage = Some(error);
+                }
+                _ if left.iter().any(|(_, before)| command.follows(before)) => {
+                    left.push((place, command));
                 }
                 answer => answers[place] = Some(answer),
             }

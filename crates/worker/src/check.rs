@@ -13,7 +13,7 @@ use std::{
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use shared::{config::Config, exit::Exit, launch::Launch};
-use store::client::Client;
+use store::client::{Client, Server};
 
 use crate::{
     chain,
@@ -34,28 +34,30 @@ pub fn run(launch: &Launch) -> Exit {
 }
 
 fn redis(config: &Config) -> Exit {
-    let address = config.redis.nodes.join(",");
     let checked = match Client::new(&config.redis) {
         Ok(mut client) => client.check(),
         Err(error) => return say(Exit::Config, "redis", &chain(&error)),
     };
     match checked {
-        Ok(server) if server.maxmemory == 0 => say(
-            Exit::Ok,
-            "redis",
-            &format!(
-                "{address} version={} answers; it has no maxmemory (set maxmemory and maxmemory-policy noeviction)",
-                server.version
-            ),
-        ),
-        Ok(server) => say(
-            Exit::Ok,
-            "redis",
-            &format!(
-                "{address} version={} maxmemory={} answers",
-                server.version, server.maxmemory
-            ),
-        ),
+        Ok(servers) => {
+            for server in &servers {
+                let Server {
+                    address,
+                    version,
+                    maxmemory,
+                } = server;
+                let limit = match maxmemory {
+                    0 => "answers; it has no maxmemory (set maxmemory and maxmemory-policy noeviction)".to_owned(),
+                    _ => format!("maxmemory={maxmemory} answers"),
+                };
+                say(
+                    Exit::Ok,
+                    "redis",
+                    &format!("{address} version={version} {limit}"),
+                );
+            }
+            Exit::Ok
+        }
         Err(error) => say(
             if error.is_outage() {
                 Exit::Os

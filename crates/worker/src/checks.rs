@@ -18,26 +18,26 @@ use crate::{
 impl Refusal for CheckError {}
 impl Refusal for AddressError {}
 
-/// Checks the server and reads the store's description, until both are good.
+/// Checks the servers and reads the store's description, until both are good. `shards` are all of the supervisor's.
 ///
 /// # Errors
 /// [`Ended::Refused`] for a server or a store that cannot be used, [`Ended::Stopped`].
 pub fn wait_for_store(
     client: &mut Client,
-    buckets: u32,
     shards: &ShardList,
     beat: &mut Beat,
 ) -> Result<Meta, Ended> {
     loop {
         let checked = client
             .check()
-            .and_then(|server| Ok((server, client.meta(buckets, shards)?)));
+            .and_then(|servers| Ok((servers, client.meta(shards)?)));
         match checked {
-            Ok((server, meta)) => {
+            Ok((servers, meta)) => {
                 beat.worked(Reason::Redis);
-                if server.maxmemory == 0 {
+                for server in servers.iter().filter(|server| server.maxmemory == 0) {
                     warn!(
-                        "redis has no maxmemory: it may take all of its machine's memory (set maxmemory and maxmemory-policy noeviction)"
+                        "redis at {} has no maxmemory: it may take all of its machine's memory (set maxmemory and maxmemory-policy noeviction)",
+                        server.address
                     );
                 }
                 return Ok(meta);

@@ -1,7 +1,7 @@
 //! The store's own accounts: what was inserted, and what became of it.
 //!
-//! In:     a Redis, and the number of shards.
-//! Out:    sums over all shards.
+//! In:     a Redis, and the numbers of shards and buckets.
+//! Out:    sums over all of them.
 //! Keeps:  inserted = produced + dropped + repeats + buffered.
 //! Knows:  positions, sums, journals by their headers.
 //! Source: docs/store.md 1, 5 (I6).
@@ -10,7 +10,7 @@ use std::{collections::BTreeSet, fmt};
 
 use shared::{
     config::{Config, Flags},
-    shard::{BucketId, ShardId},
+    shard::ShardId,
 };
 use store::{
     client::{Client, Command, Reply, Value, reply},
@@ -18,7 +18,7 @@ use store::{
     keys::{Bucket, Member},
 };
 
-/// Sums over all shards.
+/// Sums over all buckets of all shards.
 #[derive(Debug, Default)]
 pub(super) struct Accounts {
     inserted: u64,
@@ -30,8 +30,11 @@ pub(super) struct Accounts {
 
 impl Accounts {
     /// Reads all accounts of a store at rest.
-    pub(super) fn read(address: &str, shards: u32) -> Result<Self, String> {
-        let environment = [("SPANBUF_REDIS__NODES".into(), address.into())];
+    pub(super) fn read(address: &str, shards: u32, buckets: u32) -> Result<Self, String> {
+        let environment = [
+            ("SPANBUF_REDIS__NODES".into(), address.into()),
+            ("SPANBUF_REDIS__BUCKETS".into(), buckets.to_string().into()),
+        ];
         let flags = Flags {
             shards: format!("0-{}", shards.saturating_sub(1)).parse().ok(),
             ..Flags::default()
@@ -40,14 +43,9 @@ impl Accounts {
             .map_err(|error| error.to_string())?;
         let mut client = Client::new(&config.redis).map_err(|error| error.to_string())?;
         let mut accounts = Self::default();
-        for shard in 0..shards {
-            accounts.add(
-                &mut client,
-                Bucket {
-                    shard: ShardId(shard),
-                    bucket: BucketId(0),
-                },
-            )?;
+        let buckets = client.buckets();
+        for bucket in (0..shards).flat_map(|shard| buckets.of_shard(ShardId(shard))) {
+            accounts.add(&mut client, bucket)?;
         }
         Ok(accounts)
     }

@@ -59,6 +59,9 @@ pub(crate) struct Arguments {
     /// Shards: partitions of the input.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
     shards: u32,
+    /// Buckets of a shard in Redis.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    buckets: u32,
     /// Flush workers.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=64))]
     max_workers: u32,
@@ -154,6 +157,7 @@ struct Parts {
     kafka: Kafka,
     ledger: Ledger,
     shards: u32,
+    buckets: u32,
 }
 
 impl Parts {
@@ -164,7 +168,8 @@ impl Parts {
         plan.max_workers = arguments.max_workers;
         // The mock keeps 5 MB a partition: both topics are compressed.
         plan.settings = format!(
-            "buffer.timeout = \"{TIMEOUT}\"\nbuffer.root_timeout = \"{ROOT_TIMEOUT}\"\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\n"
+            "buffer.timeout = \"{TIMEOUT}\"\nbuffer.root_timeout = \"{ROOT_TIMEOUT}\"\nredis.buckets = {}\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\n",
+            arguments.buckets
         );
         let supervisor = Supervisor::start(plan)?;
         let producer = Producer::new(&kafka.brokers())?;
@@ -177,6 +182,7 @@ impl Parts {
             kafka,
             ledger: Ledger::new(),
             shards: arguments.shards,
+            buckets: arguments.buckets,
         })
     }
 
@@ -232,8 +238,8 @@ impl Parts {
         let came = self.reader.take();
         self.ledger.read_output(&came);
         let balance = self.ledger.balance();
-        let accounts =
-            Accounts::read(&self.redis.address(), self.shards).map_err(DemoError::Accounts)?;
+        let accounts = Accounts::read(&self.redis.address(), self.shards, self.buckets)
+            .map_err(DemoError::Accounts)?;
         let even = balance.is_exact() && accounts.difference() == 0 && drained.success();
         screen.line(&format!("supervisor: {drained}"));
         screen.line(&format!("store: {accounts}"));

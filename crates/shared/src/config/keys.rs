@@ -74,7 +74,17 @@ pub const KEYS: &[Key] = &[
         "",
         "the same for producers alone, such as `compression.type`",
     ),
-    key("redis.nodes", "127.0.0.1:6379", "the Redis, `host:port`"),
+    key(
+        "redis.nodes",
+        "127.0.0.1:6379",
+        "the Redis, `host:port`; of a cluster some nodes to begin with",
+    ),
+    // Said, not found out: a client that took what answers would write into the wrong store after a mistaken address.
+    key(
+        "redis.cluster",
+        "false",
+        "whether it is a Redis Cluster: `true`, `false`",
+    ),
     // A second is far above a healthy answer, and a third of the shortest hang limit that makes sense.
     key(
         "redis.timeout",
@@ -86,10 +96,16 @@ pub const KEYS: &[Key] = &[
         "24h",
         "how long a trace stays in Redis that no worker touches",
     ),
+    // 16 lie well enough on a few nodes, and cost an idle shard 16 positions a second.
     key(
         "redis.buckets",
-        "1",
-        "parts into which a shard's traces are spread over nodes; 1 on a single node",
+        "",
+        "parts into which a shard's traces are spread over nodes; empty = 1, on a cluster 16",
+    ),
+    key(
+        "redis.slice",
+        "",
+        "number that sets the keys of several Spanbufs in one Redis apart; empty = none",
     ),
     // On recorded spans (docs/performance.md) the fastest of the three: 1.6 times as many spans a second on insert as unpacked, for
     // sending a kilobyte costs more than packing it, in a quarter to a sixth of the memory. zstd takes a quarter less still, for a

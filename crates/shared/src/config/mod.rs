@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, ffi::OsString, path::Path, path::PathBuf, time:
 
 use serde::{Deserialize, Serialize};
 
-use crate::shard::ShardList;
+use crate::shard::{ShardList, SliceId};
 
 pub use self::{
     keys::{KEYS, Key},
@@ -96,14 +96,18 @@ pub enum MessageKey {
 /// Section `redis`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Redis {
-    /// `host:port`.
+    /// `host:port`; of a cluster, those to begin with.
     pub nodes: Vec<String>,
+    /// Whether it is a Redis Cluster.
+    pub cluster: bool,
     /// The longest wait for one connection, write or reply.
     pub timeout: Duration,
     /// How long a journal lives that nobody touches.
     pub redis_ttl: Duration,
     /// Buckets of a shard.
     pub buckets: u32,
+    /// Sets the keys apart from those of other Spanbufs in the same store.
+    pub slice: Option<SliceId>,
     /// How payloads are packed.
     pub compression: Compression,
 }
@@ -244,6 +248,7 @@ impl Config {
         values::contradictions(&mut raw, &kafka, &redis, &buffer);
         let mut shown = raw.finish()?;
         for (key, value) in [
+            ("redis.buckets", redis.buckets.to_string()),
             (
                 "supervision.max_workers",
                 supervision.max_workers.to_string(),

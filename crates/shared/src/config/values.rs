@@ -12,12 +12,16 @@ use super::{
     Buffer, Compression, Flush, Intake, Kafka, Log, MessageKey, OffsetReset, Redis, Supervision,
     raw::{Raw, default_of},
 };
-use crate::shard::{SHARDS_MAX, ShardId, ShardList};
+use crate::shard::{SHARDS_MAX, ShardId, ShardList, SliceId};
 
 /// Longer than any length of time that is meant: scores and TTLs stay exact.
 const DURATION_MAX: Duration = Duration::from_secs(366 * 86_400);
 /// The largest message that a producer of ours can send, less its framing.
 const MESSAGE_BYTES_MAX: u64 = 255 << 20;
+/// Buckets of a shard on a cluster, when nothing is said.
+const CLUSTER_BUCKETS: u32 = 16;
+/// More than any cluster has nodes: each costs a position for every shard and batch.
+const BUCKETS_MAX: u32 = 1_024;
 /// The largest size that is meant anywhere.
 const BYTES_MAX: u64 = 1 << 40;
 
@@ -85,12 +89,14 @@ pub(super) fn kafka(raw: &mut Raw) -> Kafka {
 
 pub(super) fn redis(raw: &mut Raw) -> Redis {
     let nodes = raw.list("redis.nodes");
+    let cluster = one_of(raw, "redis.cluster", &[("false", false), ("true", true)]);
     match &nodes[..] {
         [] => raw.fault("redis.nodes", "no node is given (write 127.0.0.1:6379)"),
         [_] => {}
+        [_, ..] if cluster => {}
         _ => raw.fault(
             "redis.nodes",
-            "several nodes are not supported yet (give one)",
+            "several nodes are given, and redis.cluster is false (give one, or set redis.cluster = true)",
         ),
     }
     for node in &nodes {
@@ -102,9 +108,16 @@ pub(super) fn redis(raw: &mut Raw) -> Redis {
     }
     Redis {
         nodes,
+        cluster,
         timeout: duration(raw, "redis.timeout"),
         redis_ttl: duration(raw, "redis.redis_ttl"),
-        buckets: number(raw, "redis.buckets", 1, 1),
+        buckets: match raw.text("redis.buckets").is_empty() {
+            true if cluster => CLUSTER_BUCKETS,
+            true => 1,
+            false => number(raw, "redis.buckets", 1, BUCKETS_MAX),
+        },
+        slice: optional(raw, "redis.slice")
+            .map(|_| SliceId(number(raw, "redis.slice", 0, u32::MAX))),
         compression: one_of(
             raw,
             "redis.compression",

@@ -9,10 +9,13 @@
 use std::time::Duration;
 
 use redis::Cmd;
-use shared::time::{UnixMillis, millis};
+use shared::{
+    shard::SliceId,
+    time::{UnixMillis, millis},
+};
 
 use crate::{
-    keys::{Bucket, META_KEY, Member, journal_key, position_key, queue_key, sum_key},
+    keys::{Bucket, Member, journal_key, meta_key, position_key, queue_key, sum_key},
     scripts::{Source, long_ttl},
 };
 
@@ -26,23 +29,60 @@ pub struct Command {
     pub(crate) cmd: Cmd,
     /// The script that a server may not know.
     pub(crate) script: Option<&'static Source>,
+    /// It has to stand behind what its bucket got before it: after a redirection there it is sent again.
+    pub(crate) is_orderly: bool,
+    /// It speaks of what this node got: it does not follow its slot to another one.
+    pub(crate) stays: bool,
 }
 
 impl Command {
     fn new(bucket: Bucket, cmd: Cmd) -> Self {
+        Self::at(slot_of(bucket), cmd)
+    }
+
+    fn at(slot: u16, cmd: Cmd) -> Self {
         Self {
-            slot: slot_of(bucket),
+            slot,
             cmd,
             script: None,
+            is_orderly: false,
+            stays: false,
         }
     }
 
     pub(crate) fn script(bucket: Bucket, script: &'static Source, cmd: Cmd) -> Self {
         Self {
-            slot: slot_of(bucket),
-            cmd,
             script: Some(script),
+            ..Self::new(bucket, cmd)
         }
+    }
+
+    fn orderly(self) -> Self {
+        Self {
+            is_orderly: true,
+            ..self
+        }
+    }
+
+    pub(crate) fn staying(self) -> Self {
+        Self {
+            stays: true,
+            ..self
+        }
+    }
+
+    /// Its name, for errors.
+    pub(crate) fn name(&self) -> String {
+        match self.cmd.args_iter().next() {
+            Some(redis::Arg::Simple(name)) => String::from_utf8_lossy(name).into_owned(),
+            _ => String::new(),
+        }
+    }
+
+    /// Whether this has to be sent again once `before`, which failed, was: it had to stand behind it.
+    #[must_use]
+    pub fn follows(&self, before: &Self) -> bool {
+        self.is_orderly && self.slot == before.slot
     }
 
     /// Reads the offset below which a bucket holds everything.
@@ -119,7 +159,7 @@ impl Command {
         for (member, score) in members {
             cmd.arg(score.0).arg(member.as_bytes());
         }
-        Self::new(bucket, cmd)
+        Self::new(bucket, cmd).orderly()
     }
 
     /// Reads the traces that are due, earliest first, with their scores.
@@ -183,7 +223,7 @@ impl Command {
     /// Reads the headers of a journal's entries.
     #[must_use]
     pub fn headers(bucket: Bucket, member: &Member) -> Self {
-        Self::new(bucket, named("HKEYS", journal_key(bucket, member)))
+        Self::new(bucket, named("HKEYS", journal_key(bucket, member))).orderly()
     }
 
     /// Reads the chunks of some entries.
@@ -207,34 +247,50 @@ impl Command {
         keys.map(|key| Self::new(bucket, expire(key, long_ttl(ttl))))
     }
 
-    /// Reads what the server says about itself.
+    /// Reads what a node says about itself; of no slot.
     pub(crate) fn info() -> Self {
-        Self {
-            slot: 0,
-            cmd: redis::cmd("INFO"),
-            script: None,
-        }
+        Self::at(0, redis::cmd("INFO"))
+    }
+
+    /// Reads what a node says about its cluster; of no slot.
+    pub(crate) fn cluster_info() -> Self {
+        Self::at(0, redis::cmd("CLUSTER").arg("INFO").take())
+    }
+
+    /// Reads which node has which slots; of no slot.
+    pub(crate) fn cluster_slots() -> Self {
+        Self::at(0, redis::cmd("CLUSTER").arg("SLOTS").take())
+    }
+
+    /// Lets the next command have a slot that is on its way to this node; of no slot.
+    pub(crate) fn asking() -> Self {
+        Self::at(0, redis::cmd("ASKING"))
+    }
+
+    /// Makes a node know a script; of no slot.
+    pub(crate) fn load(script: &Source) -> Self {
+        Self::at(0, script.load())
     }
 
     /// Reads the store's own description.
-    pub(crate) fn meta() -> Self {
-        Self {
-            slot: slot(META_KEY),
-            cmd: named("HGETALL", META_KEY.to_vec()),
-            script: None,
-        }
+    pub(crate) fn meta(slice: Option<SliceId>) -> Self {
+        let key = meta_key(slice);
+        Self::at(slot(&key), named("HGETALL", key))
     }
 
     /// Describes the store, in what it does not say yet.
-    pub(crate) fn describe(field: &str, value: &str) -> Self {
-        Self {
-            slot: slot(META_KEY),
-            cmd: named("HSETNX", META_KEY.to_vec())
-                .arg(field)
-                .arg(value)
-                .take(),
-            script: None,
-        }
+    pub(crate) fn describe(slice: Option<SliceId>, field: &str, value: &str) -> Self {
+        let key = meta_key(slice);
+        Self::at(
+            slot(&key),
+            named("HSETNX", key).arg(field).arg(value).take(),
+        )
+    }
+
+    /// Describes the store anew, in one field.
+    pub(crate) fn describe_anew(slice: Option<SliceId>, field: &str, value: &str) -> Self {
+        let key = meta_key(slice);
+        Self::at(slot(&key), named("HSET", key).arg(field).arg(value).take())
     }
 }
 
@@ -249,7 +305,7 @@ fn expire(key: Vec<u8>, ttl: Duration) -> Cmd {
 }
 
 /// All keys of a bucket share its hash tag, so they share its slot.
-fn slot_of(bucket: Bucket) -> u16 {
+pub(super) fn slot_of(bucket: Bucket) -> u16 {
     slot(&position_key(bucket))
 }
 

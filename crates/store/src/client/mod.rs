@@ -2,21 +2,24 @@
 //!
 //! In:     commands, each for one hash slot.
 //! Out:    a reply to each, in order: a value, a refusal, or that the connection was lost.
-//! Keeps:  a connection that had any I/O error is dropped, so no reply is ever taken for another's; a run never mixes two
-//!         connections to one node; every call ends within ten time-outs.
-//! Knows:  the crate `redis`, as far as one connection. No meaning of any key.
+//! Keeps:  replies belong to their commands; what has to stand behind a command that was redirected is sent again behind it; a
+//!         run takes ten time-outs and one more wait for a node; only masters are asked.
+//! Knows:  slots, redirections, unknown scripts. No meaning of any key.
 //! Source: docs/store.md 2, 4; docs/spec.md 9.1.
 
-use std::time::Duration;
+use std::{panic::resume_unwind, sync::LazyLock, thread, time::Duration};
 
-use redis::{
-    Connection, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, ServerErrorKind, io::tcp::TcpSettings,
-};
+use redis::{RedisError, ServerErrorKind};
 use shared::{
     config,
     time::{Clock, MonoNanos},
 };
+
+use self::{
+    node::Node,
+    slots::{Range, Redirect},
+};
+use crate::keys::{Bucket, Buckets};
 
 pub use self::{
     check::{CheckError, Meta, Server},
@@ -26,13 +29,22 @@ pub use redis::Value;
 
 mod check;
 mod command;
+mod node;
 pub mod reply;
+mod slots;
 
-/// What is sent before replies are read: a pause of the server is noticed early, and its buffers stay small.
-const SLICE_COMMANDS: usize = 1_000;
-const SLICE_BYTES: usize = 8 << 20;
 /// How many time-outs a run may take that gets a reply now and then.
 const RUN_TIMEOUTS: u32 = 10;
+/// How many of them may go into reading the map of slots.
+const MAP_TIMEOUTS: u32 = 3;
+/// How often the map is read anew at most: a node that is down says so with every command.
+const MAP_EVERY: Duration = Duration::from_millis(100);
+/// How often a command is sent elsewhere within a run; what is refused once more is the caller's to wait for.
+const REDIRECTS_MAX: usize = 3;
+/// More nodes than a cluster has; whatever the servers say, no more are kept.
+const NODES_MAX: usize = 1_000;
+/// No node has the slot.
+const NOBODY: u16 = u16::MAX;
 
 /// The reply to one command.
 pub type Reply = Result<Value, CommandError>;
@@ -73,7 +85,9 @@ pub enum Refusal {
     Busy,
     /// The server wants authorization that this client does not have.
     Denied,
-    /// Keys of this slot are elsewhere: it is a cluster.
+    /// The slot is on its way, or was a moment ago.
+    Moved,
+    /// Keys of this slot are elsewhere, and no cluster is configured.
     Elsewhere,
     /// Anything else: a key of another type, a command that does not exist.
     Wrong,
@@ -84,9 +98,9 @@ impl Refusal {
         match self {
             Self::Full => " (raise maxmemory, or wait for flushing)",
             Self::ReadOnly => " (is it a replica, or is its disk full?)",
-            Self::Busy => "",
+            Self::Busy | Self::Moved => "",
             Self::Denied => " (check the user's rights)",
-            Self::Elsewhere => " (a cluster is not supported yet)",
+            Self::Elsewhere => " (it is a cluster: set redis.cluster = true)",
             Self::Wrong => " (is this server shared with something else?)",
         }
     }
@@ -99,9 +113,18 @@ impl CommandError {
         match self {
             Self::Lost { .. } => true,
             Self::Refused { kind, .. } => {
-                matches!(kind, Refusal::Full | Refusal::ReadOnly | Refusal::Busy)
+                matches!(
+                    kind,
+                    Refusal::Full | Refusal::ReadOnly | Refusal::Busy | Refusal::Moved
+                )
             }
         }
+    }
+
+    /// Whether the server refused it for that.
+    #[must_use]
+    pub fn is_refused_as(&self, wanted: Refusal) -> bool {
+        matches!(self, Self::Refused { kind, .. } if *kind == wanted)
     }
 
     /// Whether the connection went, so that nobody knows what was carried out.
@@ -111,12 +134,35 @@ impl CommandError {
     }
 }
 
+/// What lets a node take a slot that is on its way to it.
+static ASKING: LazyLock<Command> = LazyLock::new(Command::asking);
+/// What makes a node know all scripts.
+static LOADS: LazyLock<[Command; 3]> = LazyLock::new(|| crate::scripts::all().map(Command::load));
+
 /// The client of one store.
 #[derive(Debug)]
 pub struct Client {
     nodes: Vec<Node>,
-    /// The last slot of each range, ascending, and the node that has the range.
-    slots: Vec<(u16, usize)>,
+    /// How many of the nodes were configured: they are kept whatever the cluster says.
+    seeds: usize,
+    /// The node of each slot.
+    owners: Box<[u16]>,
+    is_cluster: bool,
+    /// Something said that the map is not true any more.
+    is_stale: bool,
+    /// Who said so, and knows better.
+    ask_first: Option<usize>,
+    mapped: Option<MonoNanos>,
+    timeout: Duration,
+    ttl: Duration,
+    buckets: Buckets,
+}
+
+/// The connection that a bucket's commands go to. Another seat may lack what this one acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seat {
+    node: u16,
+    losses: u64,
 }
 
 /// An address that cannot be one.
@@ -124,8 +170,30 @@ pub struct Client {
 #[error("read redis.nodes `{0}`: it is no host:port (write 127.0.0.1:6379)")]
 pub struct AddressError(String);
 
+/// What a run has of one command. There is none where no node has the slot.
+struct Answer {
+    /// Where it came from.
+    node: usize,
+    raw: Result<Value, RedisError>,
+}
+
+/// Where a command is to go once more.
+struct Target {
+    node: usize,
+    /// The slot is on its way there.
+    asks: bool,
+    /// The node may not know the script.
+    loads: bool,
+}
+
+/// One command on its way to one node; the reply to what has no place is of no interest.
+struct Errand<'c> {
+    place: Option<usize>,
+    command: &'c Command,
+}
+
 impl Client {
-    /// Takes the configured address; connects when there is something to send.
+    /// Takes the configured addresses; connects when there is something to send.
     ///
     /// # Errors
     /// [`AddressError`].
@@ -133,206 +201,362 @@ impl Client {
         let nodes: Vec<Node> = redis
             .nodes
             .iter()
+            .take(NODES_MAX)
             .map(|address| Node::new(address, redis.timeout))
             .collect::<Result<_, _>>()?;
-        // One range until the store may be a cluster: the first node has all slots.
+        // A single node has all slots, and says nothing of them.
+        let owner = if redis.cluster { NOBODY } else { 0 };
         Ok(Self {
+            seeds: nodes.len(),
             nodes,
-            slots: vec![(command::SLOTS - 1, 0)],
+            owners: vec![owner; usize::from(command::SLOTS)].into(),
+            is_cluster: redis.cluster,
+            is_stale: redis.cluster,
+            ask_first: None,
+            mapped: None,
+            timeout: redis.timeout,
+            ttl: redis.redis_ttl,
+            buckets: Buckets::from(redis),
         })
     }
 
-    /// Sends commands and reads a reply to each.
+    /// How the store is cut into buckets.
+    #[must_use]
+    pub fn buckets(&self) -> Buckets {
+        self.buckets
+    }
+
+    /// Where a bucket's commands go now. While it is the same before and after some of them, the same node heard them all, and
+    /// its connection lived.
+    #[must_use]
+    pub fn seat(&self, bucket: Bucket) -> Seat {
+        let node = self.owners[usize::from(command::slot_of(bucket))];
+        let losses = self.nodes.get(usize::from(node));
+        Seat {
+            node,
+            losses: losses.map_or(0, |node| node.losses),
+        }
+    }
+
+    /// Sends commands and reads a reply to each; the nodes work side by side.
     ///
     /// Shape: one reply for each command, in the order given; after a lost connection all that follow to its node are lost.
-    /// Units: one time-out for each connection, write and reply; ten in all.
+    /// Units: one time-out for each connection, write and reply; ten in all, and one more wait.
     pub fn run(&mut self, commands: &[Command]) -> Vec<Reply> {
-        let mut replies: Vec<Option<Reply>> = Vec::new();
-        replies.resize_with(commands.len(), || None);
-        for (index, node) in self.nodes.iter_mut().enumerate() {
-            let of_node = |command: &Command| {
-                self.slots
-                    .iter()
-                    .find(|(last, _)| command.slot <= *last)
-                    .map(|&(_, node)| node)
-                    == Some(index)
-            };
-            let places: Vec<usize> = (0..commands.len())
-                .filter(|&place| of_node(&commands[place]))
-                .collect();
-            let asked: Vec<&Command> = places.iter().map(|&place| &commands[place]).collect();
-            for (place, reply) in places.into_iter().zip(node.run(&asked)) {
-                replies[place] = Some(reply);
-            }
-        }
-        // Every slot is in a range of the map, so every command had a node.
-        replies.into_iter().flatten().collect()
-    }
-}
-
-struct Node {
-    address: String,
-    info: ConnectionInfo,
-    timeout: Duration,
-    connection: Option<Connection>,
-}
-
-impl std::fmt::Debug for Node {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let open = self.connection.is_some();
-        f.debug_struct("Node")
-            .field("address", &self.address)
-            .field("timeout", &self.timeout)
-            .field("open", &open)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Node {
-    fn new(address: &str, timeout: Duration) -> Result<Self, AddressError> {
-        let wrong = || AddressError(address.to_owned());
-        let (host, port) = address
-            .strip_prefix("redis://")
-            .unwrap_or(address)
-            .rsplit_once(':')
-            .ok_or_else(wrong)?;
-        let host = host.trim_start_matches('[').trim_end_matches(']');
-        let port = port.parse().map_err(|_| wrong())?;
-        let info = ConnectionAddr::Tcp(host.to_owned(), port)
-            .into_connection_info()
-            .map_err(|_| wrong())?;
-        let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
-        // Nothing is sent while connecting: the first reply is that to our first command.
-        let info = info.set_redis_settings(RedisConnectionInfo::default().set_skip_set_lib_name());
-        Ok(Self {
-            address: address.to_owned(),
-            info,
-            timeout,
-            connection: None,
-        })
-    }
-
-    /// As [`Client::run`], for one node. Scripts that the server does not know are loaded, and their calls sent again.
-    fn run(&mut self, commands: &[&Command]) -> Vec<Reply> {
         let until = Clock::mono_now().after(self.timeout.saturating_mul(RUN_TIMEOUTS));
-        let mut replies = self.send_all(commands, until);
-        let unknown: Vec<usize> = (0..replies.len())
-            .filter(|&place| is_no_script(&replies[place]) && commands[place].script.is_some())
-            .collect();
-        if !unknown.is_empty() {
-            let loads: Vec<Command> = crate::scripts::all()
-                .map(|script| Command {
-                    slot: 0,
-                    cmd: script.load(),
-                    script: None,
-                })
-                .into();
-            let loads: Vec<&Command> = loads.iter().collect();
-            // A server that refuses to load says it does not know the script once more, and that is what its caller sees.
-            drop(self.send_all(&loads, until));
-            let again: Vec<&Command> = unknown.iter().map(|&place| commands[place]).collect();
-            for (place, reply) in unknown.into_iter().zip(self.send_all(&again, until)) {
-                replies[place] = reply;
-            }
+        self.map_slots(until);
+        let mut answers: Vec<Option<Answer>> = Vec::new();
+        answers.resize_with(commands.len(), || None);
+        let mut errands = self.no_errands();
+        for (place, command) in commands.iter().enumerate() {
+            self.route(place, command, &mut errands);
         }
+        self.send(errands, until, &mut answers);
+        self.follow(commands, until, &mut answers);
+        let replies = answers.into_iter().zip(commands);
         replies
-            .into_iter()
-            .zip(commands)
-            .map(|(reply, command)| self.judge(reply, command))
+            .map(|(answer, command)| self.judge(answer, command))
             .collect()
     }
 
-    /// Sends commands in slices; once the connection is lost, everything behind it is lost as well.
-    fn send_all(
-        &mut self,
-        commands: &[&Command],
-        until: MonoNanos,
-    ) -> Vec<Result<Value, RedisError>> {
-        let mut replies = Vec::with_capacity(commands.len());
-        while replies.len() < commands.len() {
-            let (slice, count) = encode(&commands[replies.len()..]);
-            if let Err(error) = self.send_slice(&slice, count, until, &mut replies) {
-                self.connection = None;
-                replies.resize_with(commands.len(), || Err(error.clone()));
-            }
-        }
-        replies
-    }
-
-    fn send_slice(
-        &mut self,
-        slice: &[u8],
-        count: usize,
-        until: MonoNanos,
-        replies: &mut Vec<Result<Value, RedisError>>,
-    ) -> Result<(), RedisError> {
-        let connection = match &mut self.connection {
-            Some(connection) => connection,
-            empty => empty.insert(connect(&self.info, self.timeout)?),
-        };
-        connection.send_packed_command(slice)?;
-        for _ in 0..count {
-            if Clock::mono_now() >= until {
-                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
-            }
-            replies.push(Ok(connection.recv_response()?));
-        }
-        Ok(())
-    }
-
-    fn judge(&self, reply: Result<Value, RedisError>, command: &Command) -> Reply {
-        let error = match reply {
-            Ok(Value::ServerError(error)) => error,
-            Ok(value) => return Ok(value),
-            Err(source) => {
-                return Err(CommandError::Lost {
-                    address: self.address.clone(),
-                    source,
-                });
-            }
-        };
-        let command = command
-            .cmd
-            .args_iter()
-            .next()
-            .map_or_else(String::new, |name| match name {
-                redis::Arg::Simple(name) => String::from_utf8_lossy(name).into_owned(),
-                _ => String::new(),
+    /// Puts a command on its way to the node of its slot, if there is one.
+    fn route<'c>(&self, place: usize, command: &'c Command, errands: &mut [Vec<Errand<'c>>]) {
+        let owner = usize::from(self.owners[usize::from(command.slot)]);
+        if let Some(errands) = errands.get_mut(owner) {
+            errands.push(Errand {
+                place: Some(place),
+                command,
             });
-        let kind = refusal(error.kind(), error.code(), error.details().unwrap_or(""));
-        let message = format!("{} {}", error.code(), error.details().unwrap_or(""));
-        Err(CommandError::Refused {
-            address: self.address.clone(),
-            command,
-            kind,
-            message,
-        })
-    }
-}
-
-/// A connection whose every wait has an end.
-fn connect(info: &ConnectionInfo, timeout: Duration) -> Result<Connection, RedisError> {
-    let connection = redis::Client::open(info.clone())?.get_connection_with_timeout(timeout)?;
-    connection.set_read_timeout(Some(timeout))?;
-    connection.set_write_timeout(Some(timeout))?;
-    Ok(connection)
-}
-
-/// As many commands as go into one slice, encoded, and how many these are.
-fn encode(commands: &[&Command]) -> (Vec<u8>, usize) {
-    let (mut slice, mut count) = (Vec::new(), 0);
-    for command in commands.iter().take(SLICE_COMMANDS) {
-        command.cmd.write_packed_command(&mut slice);
-        count += 1;
-        if slice.len() >= SLICE_BYTES {
-            break;
         }
     }
-    (slice, count)
+
+    /// Sends again what was redirected or met an unknown script, and behind it what has to stand there.
+    fn follow(&mut self, commands: &[Command], until: MonoNanos, answers: &mut [Option<Answer>]) {
+        let mut redirected: Vec<usize> = Vec::new();
+        for _ in 0..REDIRECTS_MAX {
+            let mut targets = Vec::new();
+            for (place, command) in commands.iter().enumerate() {
+                if let Some(target) = self.target(answers[place].as_ref(), command) {
+                    targets.push((place, command, target));
+                }
+            }
+            if targets.is_empty() {
+                break;
+            }
+            redirected.extend(targets.iter().map(|&(place, ..)| place));
+            self.send(self.again(targets), until, answers);
+        }
+        if redirected.is_empty() {
+            return;
+        }
+        redirected.sort_unstable();
+        redirected.dedup();
+        let mut errands = self.no_errands();
+        for (place, command) in commands.iter().enumerate() {
+            let answered = answers[place].as_ref().is_some_and(|answer| {
+                matches!(&answer.raw, Ok(value) if !matches!(value, Value::ServerError(_)))
+            });
+            let mut before = redirected.iter().take_while(|&&before| before < place);
+            if answered
+                && redirected.binary_search(&place).is_err()
+                && before.any(|&before| command.follows(&commands[before]))
+            {
+                self.route(place, command, &mut errands);
+            }
+        }
+        self.send(errands, until, answers);
+    }
+
+    /// Where a command is to go once more, by its answer. Notes what the answer says of the map.
+    fn target(&mut self, answer: Option<&Answer>, command: &Command) -> Option<Target> {
+        let answer = answer?;
+        let Ok(Value::ServerError(error)) = &answer.raw else {
+            return None;
+        };
+        if error.kind() == Some(ServerErrorKind::NoScript) {
+            return command.script.map(|_| Target {
+                node: answer.node,
+                asks: false,
+                loads: true,
+            });
+        }
+        if !self.is_cluster {
+            return None;
+        }
+        let host = self.nodes[answer.node].host.clone();
+        match slots::redirect(error, &host)? {
+            Redirect::Moved(address) => {
+                let node = self.node_at(&address)?;
+                self.owners[usize::from(command.slot)] = u16::try_from(node).unwrap_or(NOBODY);
+                (self.is_stale, self.ask_first) = (true, Some(node));
+                (!command.stays).then_some(Target {
+                    node,
+                    asks: false,
+                    loads: false,
+                })
+            }
+            // The other node would name an unknown script before it looked at the slot.
+            Redirect::Ask(address) => Some(Target {
+                node: self.node_at(&address)?,
+                asks: true,
+                loads: command.script.is_some(),
+            }),
+        }
+    }
+
+    /// The errands of commands that go to their targets.
+    fn again<'c>(&self, targets: Vec<(usize, &'c Command, Target)>) -> Vec<Vec<Errand<'c>>> {
+        let mut errands = self.no_errands();
+        let mut loaded: Vec<usize> = Vec::new();
+        for (place, command, Target { node, asks, loads }) in targets {
+            let list = &mut errands[node];
+            let mut before = |command| {
+                list.push(Errand {
+                    place: None,
+                    command,
+                });
+            };
+            if loads && !loaded.contains(&node) {
+                loaded.push(node);
+                LOADS.iter().for_each(&mut before);
+            }
+            if asks {
+                before(&ASKING);
+            }
+            list.push(Errand {
+                place: Some(place),
+                command,
+            });
+        }
+        errands
+    }
+
+    fn no_errands<'c>(&self) -> Vec<Vec<Errand<'c>>> {
+        self.nodes.iter().map(|_| Vec::new()).collect()
+    }
+
+    /// Sends every node its errands, side by side, and takes the answers.
+    fn send(
+        &mut self,
+        errands: Vec<Vec<Errand<'_>>>,
+        until: MonoNanos,
+        answers: &mut [Option<Answer>],
+    ) {
+        let work = self.nodes.iter_mut().zip(errands).enumerate();
+        let mut work: Vec<_> = work
+            .filter(|(_, (_, errands))| !errands.is_empty())
+            .collect();
+        let here = work.pop();
+        let run = |node: &mut Node, errands: &[Errand<'_>]| {
+            node.send(errands.iter().map(|errand| errand.command), until)
+        };
+        let mut take = |index, errands: Vec<Errand<'_>>, raws: Vec<_>| {
+            for (errand, raw) in errands.into_iter().zip(raws) {
+                if let Some(place) = errand.place {
+                    answers[place] = Some(Answer { node: index, raw });
+                }
+            }
+        };
+        // A thread costs some 20 µs, once for each other node and run; a single node needs none.
+        thread::scope(|scope| {
+            let threads: Vec<_> = work
+                .into_iter()
+                .map(|(index, (node, errands))| {
+                    thread::Builder::new().spawn_scoped(scope, move || {
+                        let raws = run(node, &errands);
+                        (index, errands, raws)
+                    })
+                })
+                .collect();
+            if let Some((index, (node, errands))) = here {
+                let raws = run(node, &errands);
+                take(index, errands, raws);
+            }
+            // Where no thread could be made nothing was sent: these commands have no answer.
+            for thread in threads.into_iter().flatten() {
+                match thread.join() {
+                    Ok((index, errands, raws)) => take(index, errands, raws),
+                    Err(panic) => resume_unwind(panic),
+                }
+            }
+        });
+    }
+
+    fn judge(&mut self, answer: Option<Answer>, command: &Command) -> Reply {
+        let Some(Answer { node, raw }) = answer else {
+            self.is_stale = self.is_cluster;
+            return Err(CommandError::Refused {
+                address: self.address(),
+                command: command.name(),
+                kind: Refusal::Busy,
+                message: format!("no node answers for slot={}", command.slot),
+            });
+        };
+        let reply = judge(&self.nodes[node].address, raw, command, self.is_cluster);
+        if let Err(error) = &reply {
+            self.is_stale |= self.is_cluster && error.is_outage();
+        }
+        reply
+    }
+
+    /// Reads anew which node has which slot, when something said that it changed.
+    fn map_slots(&mut self, until: MonoNanos) {
+        let now = Clock::mono_now();
+        let recently = |mapped| now.since(mapped) < MAP_EVERY;
+        if !self.is_stale || self.mapped.is_some_and(recently) {
+            return;
+        }
+        self.mapped = Some(now);
+        let until = until.min(now.after(self.timeout.saturating_mul(MAP_TIMEOUTS)));
+        // Who knows best, then those that answered last, then the configured ones.
+        let mut order: Vec<usize> = self.ask_first.take().into_iter().collect();
+        order.extend((0..self.nodes.len()).filter(|&node| self.nodes[node].is_open()));
+        order.extend(0..self.nodes.len());
+        let mut asked: Vec<usize> = Vec::new();
+        for node in order {
+            if asked.contains(&node) {
+                continue;
+            }
+            asked.push(node);
+            let question = Command::cluster_slots();
+            let answer = self.nodes[node]
+                .send(std::iter::once(&question), until)
+                .pop();
+            let host = self.nodes[node].host.clone();
+            let ranges = answer
+                .and_then(Result::ok)
+                .and_then(|value| slots::ranges(&value, &host));
+            if let Some(ranges) = ranges {
+                self.take_map(ranges);
+                return;
+            }
+        }
+    }
+
+    fn take_map(&mut self, ranges: Vec<Range>) {
+        self.is_stale = false;
+        let mut owners = vec![NOBODY; self.owners.len()];
+        for range in ranges {
+            let node = self.node_at(&range.address);
+            let node = node.and_then(|node| u16::try_from(node).ok());
+            owners[usize::from(range.first)..=usize::from(range.last)].fill(node.unwrap_or(NOBODY));
+        }
+        self.owners = owners.into();
+        let masters = self.masters();
+        for (index, node) in self.nodes.iter_mut().enumerate() {
+            if node.is_open() && !masters.contains(&index) {
+                node.close();
+            }
+        }
+    }
+
+    /// The nodes that have slots.
+    fn masters(&self) -> Vec<usize> {
+        let mut masters: Vec<usize> = self
+            .owners
+            .iter()
+            .map(|&owner| usize::from(owner))
+            .collect();
+        masters.dedup();
+        masters.sort_unstable();
+        masters.dedup();
+        masters.retain(|&master| master < self.nodes.len());
+        masters
+    }
+
+    /// The node of an address, which may be a new one; `None` when there are too many, or it is no address.
+    fn node_at(&mut self, address: &str) -> Option<usize> {
+        let known = self.nodes.iter().position(|node| node.address == address);
+        if known.is_some() {
+            return known;
+        }
+        let mut node = Node::new(address, self.timeout).ok()?;
+        if self.nodes.len() < NODES_MAX {
+            self.nodes.push(node);
+            return Some(self.nodes.len() - 1);
+        }
+        let masters = self.masters();
+        let unused = (self.seeds..self.nodes.len()).find(|node| !masters.contains(node))?;
+        // Another seat than that of the node before it.
+        node.losses = self.nodes[unused].losses + 1;
+        self.nodes[unused] = node;
+        Some(unused)
+    }
+
+    /// Some node's address, for errors of the store as a whole.
+    fn address(&self) -> String {
+        self.nodes
+            .first()
+            .map_or_else(String::new, |node| node.address.clone())
+    }
 }
 
-fn is_no_script(reply: &Result<Value, RedisError>) -> bool {
-    matches!(reply, Ok(Value::ServerError(error)) if error.kind() == Some(ServerErrorKind::NoScript))
+/// What a raw reply means.
+fn judge(
+    address: &str,
+    raw: Result<Value, RedisError>,
+    command: &Command,
+    is_cluster: bool,
+) -> Reply {
+    let address = address.to_owned();
+    let error = match raw {
+        Ok(Value::ServerError(error)) => error,
+        Ok(value) => return Ok(value),
+        Err(source) => return Err(CommandError::Lost { address, source }),
+    };
+    let details = error.details().unwrap_or("");
+    let kind = match refusal(error.kind(), error.code(), details) {
+        Refusal::Elsewhere if is_cluster && error.kind() != Some(ServerErrorKind::CrossSlot) => {
+            Refusal::Moved
+        }
+        kind => kind,
+    };
+    Err(CommandError::Refused {
+        address,
+        command: command.name(),
+        kind,
+        message: format!("{} {details}", error.code()),
+    })
 }
 
 /// A script's own refusal carries the server's word inside its message, before 7.0.

@@ -7,8 +7,8 @@
 //! Source: docs/spec.md 5.3, 9.1; docs/supervision.md 3.
 
 use log::{info, warn};
-use shared::{board::Board, config::Config, launch::Launch, shard::BucketId};
-use store::{client::Client, keys::Bucket};
+use shared::{board::Board, config::Config, launch::Launch};
+use store::client::Client;
 
 use super::{Flush, assemble::Limits, headers::Failures, produce::Output, upkeep::Upkeep};
 use crate::{
@@ -35,7 +35,7 @@ impl Refusal for NoTopic {}
 pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Flush, Ended> {
     let config = launch.config.clone();
     let mut client = Client::new(&config.redis)?;
-    checks::wait_for_store(&mut client, config.redis.buckets, &launch.shards, &mut beat)?;
+    checks::wait_for_store(&mut client, &config.supervision.shards, &mut beat)?;
 
     let deliverer = Deliverer::new(&config.kafka, config.flush.delivery_timeout, None)?;
     for topic in &config.kafka.output_topics {
@@ -63,12 +63,8 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Fl
         Some(segment_bytes_max),
     )?;
 
-    let buckets = launch.shards.iter().flat_map(|shard| {
-        (0..config.redis.buckets).map(move |bucket| Bucket {
-            shard,
-            bucket: BucketId(bucket),
-        })
-    });
+    let all = client.buckets();
+    let buckets = launch.shards.iter().flat_map(|shard| all.of_shard(shard));
     let ledgers = launch
         .shards
         .iter()

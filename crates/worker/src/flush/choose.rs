@@ -150,6 +150,7 @@ mod tests {
             },
         };
         let bucket = Bucket {
+            slice: None,
             shard: ShardId(0),
             bucket: BucketId(0),
         };

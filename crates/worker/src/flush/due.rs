@@ -16,6 +16,9 @@ use store::{
 
 use crate::{Ended, ask::insist, beat::Beat};
 
+/// Members that are read of all queues together; they are far more than a cycle takes.
+const MEMBERS_MAX: usize = 100_000;
+
 /// A trace to look at.
 #[derive(Debug, Clone)]
 pub struct Due {
@@ -54,11 +57,13 @@ pub fn read(
     clocks: &[(Bucket, UnixMillis)],
     limit: usize,
 ) -> Result<Queues, Ended> {
+    // With very many buckets each gives a few at a time, and the next cycle follows at once.
+    let of_each = (MEMBERS_MAX / clocks.len().max(1)).clamp(2, limit.saturating_add(1).max(2));
     let commands: Vec<Command> = clocks
         .iter()
         .flat_map(|&(bucket, now)| {
             [
-                Command::due(bucket, now, limit + 1),
+                Command::due(bucket, now, of_each),
                 Command::after(bucket, now),
                 Command::queue_len(bucket),
             ]
@@ -67,6 +72,7 @@ pub fn read(
     let replies = insist(client, beat, "read queues", &commands)?;
     let mut queues = Queues::default();
     let mut waiting: Vec<VecDeque<Due>> = Vec::new();
+    let mut full = false;
     for (&(bucket, now), replies) in clocks.iter().zip(replies.chunks_exact(3)) {
         let mut traces = VecDeque::new();
         for (member, score) in reply::scored(&replies[0]) {
@@ -80,6 +86,7 @@ pub fn read(
                 None => queues.foreign.push((bucket, member)),
             }
         }
+        full |= of_each <= limit && traces.len() >= of_each;
         waiting.push(traces);
         queues.next.extend(
             reply::scored(&replies[1])
@@ -89,7 +96,7 @@ pub fn read(
         queues.depth += reply::count(&replies[2]);
     }
     share(&mut waiting, limit, &mut queues.due);
-    queues.more = waiting.iter().any(|traces| !traces.is_empty());
+    queues.more = full || waiting.iter().any(|traces| !traces.is_empty());
     Ok(queues)
 }
 
@@ -118,6 +125,7 @@ mod tests {
 
     fn traces(shard: u32, count: u64) -> VecDeque<Due> {
         let bucket = Bucket {
+            slice: None,
             shard: ShardId(shard),
             bucket: BucketId(0),
         };

@@ -2,7 +2,8 @@
 //!
 //! In:     `Due` traces.
 //! Out:    a `Journal` for each: its entries below the position, and what could not be read.
-//! Keeps:  lifting stands before reading in the same pipeline: whoever inserts from then on lowers the score by itself.
+//! Keeps:  lifting stands before reading in the same pipeline: whoever inserts from then on lowers the score by itself; however
+//!         large the traces are, a bounded number of headers is held.
 //! Knows:  the queue, the position, entry headers. Not what is due in a journal.
 //! Source: docs/store.md 3.
 
@@ -21,8 +22,16 @@ use super::{
     assemble::{Entry, gate},
     due::Due,
 };
-use crate::{Ended, ask::ask, beat::Beat};
+use crate::{
+    Ended,
+    ask::{Answer, ask},
+    beat::Beat,
+};
 
+/// Entries whose headers one pipeline reads; a single larger trace comes alone.
+const GROUP_ENTRIES: u64 = 20_000;
+/// Bytes of headers from which on a cycle looks at no more traces. Decoded they take some five times as many.
+const HEADERS_BYTES: usize = 32 << 20;
 /// How many looks may fail before a trace is put off, and for how long it is.
 const LOOKS_MAX: u32 = 3;
 const PUT_OFF: Duration = Duration::from_secs(600);
@@ -42,6 +51,13 @@ pub struct Journal {
     pub damaged: Vec<Vec<u8>>,
     /// Entries of a version that this build does not know.
     pub unknown: usize,
+}
+
+impl Journal {
+    /// Bytes of its entries' headers, as they are stored.
+    fn header_bytes(&self) -> usize {
+        self.open.iter().map(|entry| entry.field.len()).sum()
+    }
 }
 
 /// Traces whose look failed, and how often in a row.
@@ -71,8 +87,17 @@ impl Failures {
     }
 }
 
-/// Lifts the scores of all traces and reads positions and headers. A trace whose look failed comes back by its lifted score;
-/// after three failures in a row it is put off.
+/// What a cycle looked at.
+#[derive(Debug)]
+pub struct Looked {
+    /// The journals.
+    pub journals: Vec<Journal>,
+    /// Whether traces were left for the next cycle: their headers would have been too many. They are as due as they were.
+    pub left: bool,
+}
+
+/// Lifts the scores of traces and reads positions and headers, a bounded number of them at a time and in all. A trace whose look
+/// failed comes back by its lifted score; after three failures in a row it is put off.
 ///
 /// # Errors
 /// [`Ended::Stopped`].
@@ -83,13 +108,24 @@ pub fn look(
     root_timeout: Duration,
     ttl: Duration,
     failures: &mut Failures,
-) -> Result<Vec<Journal>, Ended> {
-    let (mut journals, mut put_off) = (Vec::new(), Vec::new());
-    for group in by_bucket(due) {
-        for looked in look_at_bucket(client, beat, group, root_timeout, ttl)? {
+) -> Result<Looked, Ended> {
+    let counts = due
+        .iter()
+        .map(|due| Command::entries(due.bucket, &due.member));
+    let counts = ask(client, beat, "count entries", counts.collect())?;
+    let counts = counts
+        .into_iter()
+        .map(|count| count.as_ref().map_or(0, reply::count));
+    let mut groups = groups(due.into_iter().zip(counts)).into_iter();
+    let (mut journals, mut put_off, mut bytes) = (Vec::new(), Vec::new(), 0);
+    while bytes < HEADERS_BYTES
+        && let Some(group) = groups.next()
+    {
+        for looked in look_at(client, beat, group, root_timeout, ttl)? {
             match looked {
                 Ok(journal) => {
                     failures.forget(&journal.due);
+                    bytes += journal.header_bytes();
                     journals.push(journal);
                 }
                 Err(due) if failures.add(&due) => put_off.push(due),
@@ -98,7 +134,26 @@ pub fn look(
         }
     }
     put_off_all(client, beat, put_off, ttl)?;
-    Ok(in_turn(journals))
+    Ok(Looked {
+        journals: in_turn(journals),
+        left: groups.next().is_some(),
+    })
+}
+
+/// Cuts traces, each with the number of its entries, into groups whose headers are read at once.
+fn groups(due: impl Iterator<Item = (Due, u64)>) -> Vec<Vec<Due>> {
+    let (mut groups, mut entries): (Vec<Vec<Due>>, u64) = (Vec::new(), 0);
+    for (due, count) in due {
+        entries = entries.saturating_add(count);
+        match groups.last_mut() {
+            Some(group) if entries <= GROUP_ENTRIES => group.push(due),
+            _ => {
+                groups.push(vec![due]);
+                entries = count;
+            }
+        }
+    }
+    groups
 }
 
 /// Lifts the scores of traces far up: nothing can be done for them now.
@@ -147,36 +202,51 @@ pub fn put_off_all(
     Ok(())
 }
 
-/// Looks at traces of one bucket; gives a journal, or the trace whose look failed.
-fn look_at_bucket(
+/// Looks at traces, the nodes side by side; gives a journal for each, or the trace whose look failed.
+fn look_at(
     client: &mut Client,
     beat: &mut Beat,
     group: Vec<Due>,
     root_timeout: Duration,
     ttl: Duration,
 ) -> Result<Vec<Result<Journal, Due>>, Ended> {
-    let Some(first) = group.first() else {
-        return Ok(Vec::new());
-    };
-    let (bucket, lifted) = (first.bucket, first.now.after(root_timeout));
-    let members = group
-        .iter()
-        .map(|due| (due.member.clone(), lifted))
-        .collect();
-    let lift = QueueCall {
-        bucket,
-        ttl,
-        mode: QueueMode::Lift,
-        members,
-    };
-    let mut commands = vec![lift.command(), Command::position(bucket)];
-    commands.extend(
-        group
+    let groups = by_bucket(group);
+    let mut commands = Vec::new();
+    for group in &groups {
+        let Some(first) = group.first() else { continue };
+        let (bucket, lifted) = (first.bucket, first.now.after(root_timeout));
+        let members = group
             .iter()
-            .map(|due| Command::headers(bucket, &due.member)),
-    );
+            .map(|due| (due.member.clone(), lifted))
+            .collect();
+        let lift = QueueCall {
+            bucket,
+            ttl,
+            mode: QueueMode::Lift,
+            members,
+        };
+        commands.extend([lift.command(), Command::position(bucket)]);
+        commands.extend(
+            group
+                .iter()
+                .map(|due| Command::headers(bucket, &due.member)),
+        );
+    }
     let mut answers = ask(client, beat, "look at journals", commands)?.into_iter();
+    let mut looked = Vec::new();
+    for group in groups {
+        looked.extend(looked_at(group, &mut answers));
+    }
+    Ok(looked)
+}
+
+/// Reads the answers of one bucket: as many as its part of the commands has.
+fn looked_at(
+    group: Vec<Due>,
+    answers: &mut impl Iterator<Item = Answer>,
+) -> Vec<Result<Journal, Due>> {
     let (lift, position) = (answers.next(), answers.next());
+    let headers: Vec<Answer> = answers.take(group.len()).collect();
     let position = match (lift, position) {
         (Some(Ok(_)), Some(Ok(position))) => reply::offset(&position),
         (lift, position) => {
@@ -185,16 +255,12 @@ fn look_at_bucket(
                 .flatten()
                 .filter_map(Result::err)
             {
-                error!(
-                    "look at queue shard={} traces={}: {refusal}",
-                    bucket.shard,
-                    group.len()
-                );
+                error!("look at queue traces={}: {refusal}", group.len());
             }
-            return Ok(group.into_iter().map(Err).collect());
+            return group.into_iter().map(Err).collect();
         }
     };
-    let looked = group.into_iter().zip(answers).map(|(due, headers)| {
+    let looked = group.into_iter().zip(headers).map(|(due, headers)| {
         match headers.map(|headers| reply::list(&headers)) {
             Ok(Some(fields)) => Ok(journal(due, fields, position)),
             Ok(None) => {
@@ -213,7 +279,7 @@ fn look_at_bucket(
             }
         }
     });
-    Ok(looked.collect())
+    looked.collect()
 }
 
 fn journal(due: Due, fields: Vec<Vec<u8>>, position: Option<u64>) -> Journal {
@@ -271,4 +337,38 @@ fn by_bucket(mut due: Vec<Due>) -> Vec<Vec<Due>> {
         }
     }
     groups
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::{
+        ids::{ProjectId, TraceId},
+        shard::BucketId,
+        time::UnixMillis,
+    };
+
+    use super::*;
+
+    #[test]
+    fn groups_hold_every_trace_once_and_a_bounded_number_of_entries() {
+        let due = |number: u64| Due {
+            bucket: Bucket {
+                slice: None,
+                shard: ShardId(0),
+                bucket: BucketId(0),
+            },
+            member: Member::new(ProjectId(number), &TraceId::new(b"t")),
+            score: UnixMillis(number),
+            now: UnixMillis(1_000),
+        };
+        let counts = [1, 19_999, 1, 300_000, 0, 5, 20_000, 20_000];
+        let cut: Vec<Vec<u64>> = groups((0..).map(due).zip(counts))
+            .into_iter()
+            .map(|group| group.into_iter().map(|due| due.score.0).collect())
+            .collect();
+        assert_eq!(
+            cut,
+            [vec![0, 1], vec![2], vec![3], vec![4, 5], vec![6], vec![7]]
+        );
+    }
 }

@@ -1,7 +1,7 @@
 //! Makes the messages of one segment: orders its spans, drops repeats, edits them, cuts.
 //!
 //! In:     the entries of a segment with their chunks.
-//! Out:    messages, and for each entry how many of its spans are in them or repeat one that is.
+//! Out:    messages, one at a time, and for each entry how many of its spans are in them or repeat one that is.
 //! Keeps:  every offset is counted once; no message is over the limit but that of a single span; every byte that is not edited is as it came in.
 //! Knows:  entries, chunks, the form of the output. Pure.
 //! Source: docs/spec.md 5.2, 5.3; docs/store.md 3.
@@ -25,15 +25,6 @@ pub struct LoadedEntry<'a> {
     pub header: &'a EntryHeader,
     /// Payloads.
     pub chunk: &'a Chunk,
-}
-
-/// What a segment becomes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Built {
-    /// Its messages, in the order of its spans.
-    pub parts: Vec<Part>,
-    /// For each entry what becomes of its spans. An offset that lies in several entries is counted in the first of them.
-    pub per_field: Vec<FieldCount>,
 }
 
 /// What becomes of the spans of one entry.
@@ -70,7 +61,10 @@ const END: &[u8] = b"\"}";
 /// The end of every message of a segment that is cut.
 const END_OF_CUT: &[u8] = b"\",\"skip_enrichment\":true}";
 
-/// Builds the messages of one segment, each of at most `segment_bytes_max` bytes.
+/// Builds the messages of one segment, each of at most `segment_bytes_max` bytes, and hands over one after the other in the order
+/// of its spans: a long segment id may make them far larger than what they are made of.
+///
+/// Returns for each entry what becomes of its spans. An offset that lies in several entries is counted in the first of them.
 #[must_use]
 pub fn build(
     shard: ShardId,
@@ -78,7 +72,8 @@ pub fn build(
     segment: &SpanId,
     entries: &[LoadedEntry<'_>],
     segment_bytes_max: u64,
-) -> Built {
+    each: impl FnMut(Part),
+) -> Vec<FieldCount> {
     let mut per_field = vec![FieldCount::default(); entries.len()];
     let texts = Texts::new(segment);
     let spans = without_repeats(in_order(entries), &mut per_field);
@@ -102,10 +97,8 @@ pub fn build(
             fields: fields(spans),
         }
     };
-    Built {
-        parts: cuts.into_iter().enumerate().map(part).collect(),
-        per_field,
-    }
+    cuts.into_iter().enumerate().map(part).for_each(each);
+    per_field
 }
 
 /// One span as it is stored.
@@ -641,12 +634,33 @@ mod tests {
         Owned { header, chunk }
     }
 
+    /// What a segment becomes.
+    #[derive(Debug)]
+    struct Built {
+        parts: Vec<Part>,
+        per_field: Vec<FieldCount>,
+    }
+
+    fn all(
+        shard: ShardId,
+        member: &Member,
+        segment: &SpanId,
+        entries: &[LoadedEntry<'_>],
+        bytes_max: u64,
+    ) -> Built {
+        let mut parts = Vec::new();
+        let per_field = build(shard, member, segment, entries, bytes_max, |part| {
+            parts.push(part);
+        });
+        Built { parts, per_field }
+    }
+
     fn built(entries: &[Owned], segment: &SpanId, bytes_max: u64) -> Built {
         let entries: Vec<LoadedEntry<'_>> = entries
             .iter()
             .map(|Owned { header, chunk }| LoadedEntry { header, chunk })
             .collect();
-        build(SHARD, &member(), segment, &entries, bytes_max)
+        all(SHARD, &member(), segment, &entries, bytes_max)
     }
 
     /// A span of the simplest form.
@@ -718,13 +732,8 @@ mod tests {
 
     #[test]
     fn nothing_makes_no_message() {
-        assert_eq!(
-            build(SHARD, &member(), &hex(1), &[], 100),
-            Built {
-                parts: Vec::new(),
-                per_field: Vec::new()
-            }
-        );
+        let Built { parts, per_field } = built(&[], &hex(1), 100);
+        assert!(parts.is_empty() && per_field.is_empty());
     }
 
     #[test]
@@ -847,7 +856,7 @@ mod tests {
                 header: &entry.header,
                 chunk: &entry.chunk,
             }];
-            let built = build(
+            let built = all(
                 ShardId(shard),
                 &Member::new(ProjectId(1), &TraceId::new(trace)),
                 &hex(1),

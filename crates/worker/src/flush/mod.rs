@@ -25,7 +25,7 @@ use self::{
     assemble::Limits,
     choose::{Budget, choose},
     due::Queues,
-    headers::Failures,
+    headers::{Failures, Looked},
     produce::Output,
     upkeep::Upkeep,
 };
@@ -117,7 +117,10 @@ impl Flush {
             depth,
             ..
         } = queues;
-        let journals = headers::look(
+        let Looked {
+            journals,
+            left: unread,
+        } = headers::look(
             &mut self.client,
             &mut self.beat,
             due,
@@ -137,7 +140,7 @@ impl Flush {
             &self.ledgers,
         )?;
 
-        let left = more || chosen.left;
+        let left = more || unread || chosen.left;
         self.upkeep
             .turn(&mut self.client, &mut self.beat, ttl, &self.ledgers)?;
         self.beat.cells().queue_depth(depth);
@@ -186,18 +189,9 @@ impl Flush {
             .shards
             .iter()
             .filter_map(|shard| Some((shard, self.board.clock(shard)?.read(now))));
+        let buckets = self.client.buckets();
         known
-            .flat_map(|(shard, clock)| {
-                (0..self.config.redis.buckets).map(move |bucket| {
-                    (
-                        Bucket {
-                            shard,
-                            bucket: shared::shard::BucketId(bucket),
-                        },
-                        clock,
-                    )
-                })
-            })
+            .flat_map(|(shard, clock)| buckets.of_shard(shard).map(move |bucket| (bucket, clock)))
             .collect()
     }
 

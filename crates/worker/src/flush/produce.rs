@@ -2,7 +2,8 @@
 //!
 //! In:     loaded segments.
 //! Out:    `Produced`: for each trace, the fields whose every span is acknowledged or a counted outcome.
-//! Keeps:  an entry with a span in a message that nobody acknowledged is named nowhere: it stays in Redis.
+//! Keeps:  an entry with a span in a message that nobody acknowledged is named nowhere: it stays in Redis; messages are built and
+//!         sent in waves of a bounded size.
 //! Knows:  topics, headers, what the broker never takes. Not Redis.
 //! Source: docs/spec.md 5.2–5.4.
 
@@ -14,7 +15,7 @@ use super::{
     choose::Look,
     due::Due,
     load::{Loaded, LoadedSegment},
-    message::{Built, LoadedEntry, Part, build},
+    message::{FieldCount, LoadedEntry, Part, build},
 };
 use crate::{
     beat::Beat,
@@ -51,6 +52,7 @@ pub struct Output<D = Deliverer> {
     dlq: Option<String>,
     key: MessageKey,
     segment_bytes_max: u64,
+    wave_bytes: usize,
 }
 
 /// One message on its way, and the segment that it is of.
@@ -60,6 +62,23 @@ struct Sending {
     topic: String,
     key: Option<Vec<u8>>,
     headers: Vec<(&'static str, Vec<u8>)>,
+}
+
+/// Messages that are sent together, and what became of those before them.
+#[derive(Default)]
+struct Wave {
+    sendings: Vec<Sending>,
+    /// Bytes of their payloads.
+    bytes: usize,
+    answered: Vec<Answered>,
+}
+
+/// A message that was sent, without its payload.
+struct Answered {
+    place: (usize, usize),
+    /// As in [`Part`].
+    fields: Vec<(usize, u64)>,
+    outcome: Outcome,
 }
 
 /// What became of one message.
@@ -87,6 +106,8 @@ impl<D: Deliver> Output<D> {
             dlq,
             key: config.kafka.key,
             segment_bytes_max,
+            // What a cycle loads goes in one wave; only a long segment id makes more of it.
+            wave_bytes: usize::try_from(config.flush.max_flush_bytes).unwrap_or(usize::MAX),
         }
     }
 
@@ -103,30 +124,32 @@ impl<D: Deliver> Output<D> {
 
     /// Produces all loaded segments.
     pub fn produce(&mut self, loaded: Vec<Loaded>, beat: &mut Beat) -> Vec<Produced> {
-        let built: Vec<Vec<Built>> = loaded.iter().map(|trace| self.build(trace)).collect();
-        let mut counts = Vec::with_capacity(built.len());
-        let mut sendings = Vec::new();
-        for (trace, (loaded, built)) in loaded.iter().zip(built).enumerate() {
-            let mut of_trace = Vec::with_capacity(built.len());
-            for (segment, Built { parts, per_field }) in built.into_iter().enumerate() {
-                self.address(
-                    &loaded.look.due,
-                    &loaded.segments[segment],
-                    (trace, segment),
-                    parts,
-                    &mut sendings,
-                );
-                of_trace.push(per_field);
+        self.left_open = false;
+        let mut wave = Wave::default();
+        let mut counts = Vec::with_capacity(loaded.len());
+        for (trace, of_trace) in loaded.iter().enumerate() {
+            let due = &of_trace.look.due;
+            let mut of_segments = Vec::with_capacity(of_trace.segments.len());
+            for (segment, loaded) in of_trace.segments.iter().enumerate() {
+                let place = (trace, segment);
+                let topic = self.next_topic();
+                let bytes_max = self.segment_bytes_max;
+                let count = build_parts(due, loaded, bytes_max, |part| {
+                    wave.bytes += part.payload.len();
+                    wave.sendings
+                        .push(self.address(due, loaded, place, part, &topic));
+                    if wave.bytes >= self.wave_bytes {
+                        self.send_wave(&mut wave, beat);
+                    }
+                });
+                of_segments.push(count);
             }
-            counts.push(of_trace);
+            counts.push(of_segments);
         }
-        beat.cells()
-            .in_flight(u64::try_from(sendings.len()).unwrap_or(u64::MAX));
-        let outcomes = self.send(&sendings, beat);
-        beat.cells().in_flight(0);
+        self.send_wave(&mut wave, beat);
 
         let mut traces: Vec<Produced> = Vec::with_capacity(loaded.len());
-        let mut answered = sendings.iter().zip(outcomes).peekable();
+        let mut answered = wave.answered.into_iter().peekable();
         for (
             trace,
             Loaded {
@@ -154,15 +177,13 @@ impl<D: Deliver> Output<D> {
                     })
                     .collect();
                 let mut open = vec![false; outs.len()];
-                while let Some((sending, outcome)) =
-                    answered.next_if(|(sending, _)| sending.place == (trace, index))
-                {
-                    match outcome {
+                while let Some(answer) = answered.next_if(|answer| answer.place == (trace, index)) {
+                    match answer.outcome {
                         Outcome::Acknowledged => {}
-                        Outcome::TooLarge => drop_part(&sending.part, &mut outs),
-                        Outcome::Open => keep(&sending.part, &mut open),
+                        Outcome::TooLarge => drop_part(&answer.fields, &mut outs),
+                        Outcome::Open => keep(&answer.fields, &mut open),
                         Outcome::Nowhere => {
-                            keep(&sending.part, &mut open);
+                            keep(&answer.fields, &mut open);
                             produced.put_off = true;
                         }
                     }
@@ -176,67 +197,64 @@ impl<D: Deliver> Output<D> {
         traces
     }
 
-    fn build(&self, trace: &Loaded) -> Vec<Built> {
-        let due = &trace.look.due;
-        let build = |loaded: &LoadedSegment| {
-            let entries: Vec<LoadedEntry<'_>> = loaded
-                .segment
-                .entries
-                .iter()
-                .zip(&loaded.chunks)
-                .map(|(entry, chunk)| LoadedEntry {
-                    header: &entry.header,
-                    chunk,
-                })
-                .collect();
-            build(
-                due.bucket.shard,
-                &due.member,
-                &loaded.segment.id,
-                &entries,
-                self.segment_bytes_max,
-            )
+    /// Sends what has gathered, and keeps of it what became of each message.
+    fn send_wave(&mut self, wave: &mut Wave, beat: &mut Beat) {
+        let sendings = std::mem::take(&mut wave.sendings);
+        wave.bytes = 0;
+        beat.cells()
+            .in_flight(u64::try_from(sendings.len()).unwrap_or(u64::MAX));
+        // After a wave that was not answered well the others would wait in vain, each as long.
+        let outcomes = if self.left_open {
+            vec![Outcome::Open; sendings.len()]
+        } else {
+            self.send(&sendings, beat)
         };
-        trace.segments.iter().map(build).collect()
+        beat.cells().in_flight(0);
+        let answers = sendings.into_iter().zip(outcomes);
+        wave.answered
+            .extend(answers.map(|(sending, outcome)| Answered {
+                place: sending.place,
+                fields: sending.part.fields,
+                outcome,
+            }));
     }
 
-    /// Gives every part of a segment the same topic, and its headers.
+    /// The topic of the next segment: all of its parts go there.
+    fn next_topic(&mut self) -> String {
+        let topic = self.topics.get(self.next_topic).cloned();
+        self.next_topic = (self.next_topic + 1) % self.topics.len().max(1);
+        topic.unwrap_or_default()
+    }
+
+    /// Gives a part its topic, its key and its headers.
     fn address(
-        &mut self,
+        &self,
         due: &Due,
         loaded: &LoadedSegment,
         place: (usize, usize),
-        parts: Vec<Part>,
-        sendings: &mut Vec<Sending>,
-    ) {
+        part: Part,
+        topic: &str,
+    ) -> Sending {
         let segment = &loaded.segment;
-        let topic = self
-            .topics
-            .get(self.next_topic)
-            .cloned()
-            .unwrap_or_default();
-        self.next_topic = (self.next_topic + 1) % self.topics.len().max(1);
         let key = match self.key {
             MessageKey::None => None,
             MessageKey::Trace => Some(due.member.trace().to_vec()),
         };
         let reason = segment.due.map_or("", |reason| reason.as_str());
-        for part in parts {
-            let headers = vec![
-                ("flush_id", part.flush_id.clone().into_bytes()),
-                ("part", part.part.to_string().into_bytes()),
-                ("parts", part.parts.to_string().into_bytes()),
-                ("reason", reason.as_bytes().to_vec()),
-                ("has_root", segment.has_root.to_string().into_bytes()),
-                ("spans", part.spans.to_string().into_bytes()),
-            ];
-            sendings.push(Sending {
-                place,
-                part,
-                topic: topic.clone(),
-                key: key.clone(),
-                headers,
-            });
+        let headers = vec![
+            ("flush_id", part.flush_id.clone().into_bytes()),
+            ("part", part.part.to_string().into_bytes()),
+            ("parts", part.parts.to_string().into_bytes()),
+            ("reason", reason.as_bytes().to_vec()),
+            ("has_root", segment.has_root.to_string().into_bytes()),
+            ("spans", part.spans.to_string().into_bytes()),
+        ];
+        Sending {
+            place,
+            part,
+            topic: topic.to_owned(),
+            key,
+            headers,
         }
     }
 
@@ -325,6 +343,32 @@ impl<D: Deliver> Output<D> {
     }
 }
 
+fn build_parts(
+    due: &Due,
+    loaded: &LoadedSegment,
+    bytes_max: u64,
+    each: impl FnMut(Part),
+) -> Vec<FieldCount> {
+    let entries: Vec<LoadedEntry<'_>> = loaded
+        .segment
+        .entries
+        .iter()
+        .zip(&loaded.chunks)
+        .map(|(entry, chunk)| LoadedEntry {
+            header: &entry.header,
+            chunk,
+        })
+        .collect();
+    build(
+        due.bucket.shard,
+        &due.member,
+        &loaded.segment.id,
+        &entries,
+        bytes_max,
+        each,
+    )
+}
+
 fn outgoing<'m>(sending: &'m Sending, topic: &'m str) -> Outgoing<'m> {
     Outgoing {
         topic,
@@ -335,8 +379,8 @@ fn outgoing<'m>(sending: &'m Sending, topic: &'m str) -> Outgoing<'m> {
 }
 
 /// Marks the entries that have spans in a part: they stay.
-fn keep(part: &Part, open: &mut [bool]) {
-    for &(field, _) in &part.fields {
+fn keep(fields: &[(usize, u64)], open: &mut [bool]) {
+    for &(field, _) in fields {
         if let Some(open) = open.get_mut(field) {
             *open = true;
         }
@@ -344,8 +388,8 @@ fn keep(part: &Part, open: &mut [bool]) {
 }
 
 /// Counts the spans of a part as dropped, field by field, and no longer as produced.
-fn drop_part(part: &Part, outs: &mut [FieldOut]) {
-    for &(field, spans) in &part.fields {
+fn drop_part(fields: &[(usize, u64)], outs: &mut [FieldOut]) {
+    for &(field, spans) in fields {
         let Some(out) = outs.get_mut(field) else {
             continue;
         };
@@ -374,16 +418,8 @@ mod tests {
             dropped: Vec::new(),
         };
         let mut outs = vec![out(5), out(3)];
-        let part = |fields: Vec<(usize, u64)>| Part {
-            payload: Vec::new(),
-            flush_id: String::new(),
-            part: 1,
-            parts: 2,
-            spans: 0,
-            fields,
-        };
-        drop_part(&part(vec![(0, 2)]), &mut outs);
-        drop_part(&part(vec![(0, 3), (1, 1), (9, 1)]), &mut outs);
+        drop_part(&[(0, 2)], &mut outs);
+        drop_part(&[(0, 3), (1, 1), (9, 1)], &mut outs);
         assert_eq!(
             (outs[0].produced, &outs[0].dropped[..]),
             (0, &[("too_large", 5)][..])

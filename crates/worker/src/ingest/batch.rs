@@ -7,7 +7,7 @@
 //! Source: docs/spec.md 2, 4; docs/store.md 2.
 
 use shared::{shard::ShardId, time::UnixMillis};
-use store::keys::bucket_of;
+use store::keys::Buckets;
 
 use super::{
     group::Arrived,
@@ -80,7 +80,7 @@ pub trait Positions {
 pub fn sort<'a>(
     records: impl IntoIterator<Item = Record<'a>>,
     positions: &impl Positions,
-    buckets: u32,
+    buckets: Buckets,
 ) -> Vec<Part<'a>> {
     let mut parts: Vec<Part<'a>> = Vec::new();
     for record in records {
@@ -109,7 +109,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    fn take(&mut self, record: Record<'a>, positions: &impl Positions, buckets: u32) {
+    fn take(&mut self, record: Record<'a>, positions: &impl Positions, buckets: Buckets) {
         self.next = record.offset + 1;
         self.times.push(record.time);
         let parsed = match record.payload {
@@ -118,7 +118,7 @@ impl<'a> Part<'a> {
         };
         match parsed {
             Ok(span) => {
-                let bucket = bucket_of(record.shard, span.project, &span.trace, buckets);
+                let bucket = buckets.of_trace(record.shard, span.project, &span.trace);
                 if positions
                     .next(bucket)
                     .is_some_and(|next| record.offset < next)
@@ -196,7 +196,7 @@ mod tests {
 
     /// The bucket of the valid message.
     fn bucket(shard: u32, buckets: u32) -> Bucket {
-        bucket_of(ShardId(shard), ProjectId(42), &TraceId::new(b"t"), buckets)
+        Buckets::new(None, buckets).of_trace(ShardId(shard), ProjectId(42), &TraceId::new(b"t"))
     }
 
     #[test]
@@ -208,7 +208,7 @@ mod tests {
             record(1, 78, Some(VALID)),
             record(3, 13, Some(VALID)),
         ];
-        let parts = sort(records, &At::default(), 1);
+        let parts = sort(records, &At::default(), Buckets::new(None, 1));
         let [three, one] = &parts[..] else {
             panic!("{parts:?}")
         };
@@ -263,7 +263,11 @@ mod tests {
         let other = other.into_iter().find(|other| *other != own).unwrap();
         let records = || [9, 10, 11].map(|offset| record(3, offset, Some(VALID)));
         let inserted = |positions: &[(Bucket, u64)]| {
-            let parts = sort(records(), &At(positions.iter().copied().collect()), 16);
+            let parts = sort(
+                records(),
+                &At(positions.iter().copied().collect()),
+                Buckets::new(None, 16),
+            );
             (parts[0].standing, parts[0].counts().inserted, parts[0].next)
         };
         assert_eq!(inserted(&[(own, 10)]), (1, 2, 12));
@@ -280,7 +284,7 @@ mod tests {
             let records: Vec<_> = (0..).zip(&kinds).map(|(offset, &(shard, kind))| record(shard, offset, payloads[kind])).collect();
             let positions = At([(bucket(2, 1), position)].into());
             let mut left: Vec<_> = records.iter().map(|record| (record.shard, record.offset)).collect();
-            for part in sort(records, &positions, 1) {
+            for part in sort(records, &positions, Buckets::new(None, 1)) {
                 let spans = part.spans.iter().map(|arrived| arrived.offset);
                 let taken: Vec<_> = spans.chain(part.refused.iter().map(|refused| refused.offset)).collect();
                 let of_part = left.iter().filter(|(shard, _)| *shard == part.shard).count();

@@ -57,7 +57,7 @@ impl Begun {
 /// Makes the role ready: waits for Redis and Kafka, finds each shard's place, assigns all of them, paused.
 pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Ingest, Ended> {
     let config = launch.config.clone();
-    let (client, meta) = open_store(&config, &launch.shards, &mut beat)?;
+    let (client, meta) = open_store(&config, &mut beat)?;
     let mut store = Store::new(client, meta.instance, &config.redis, &config.buffer);
     let mut input = Input::new(&config.kafka, config.intake.batch_bytes)?;
     prove(&input, launch, &mut beat)?;
@@ -113,13 +113,9 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
 }
 
 /// Waits until the store can be used; gives the client and the store's description.
-fn open_store(
-    config: &Config,
-    shards: &ShardList,
-    beat: &mut Beat,
-) -> Result<(Client, Meta), Ended> {
+fn open_store(config: &Config, beat: &mut Beat) -> Result<(Client, Meta), Ended> {
     let mut client = Client::new(&config.redis)?;
-    let meta = checks::wait_for_store(&mut client, config.redis.buckets, shards, beat)?;
+    let meta = checks::wait_for_store(&mut client, &config.supervision.shards, beat)?;
     Ok((client, meta))
 }
 

@@ -7,7 +7,7 @@
 //! Source: docs/store.md 2, 6.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
     time::Duration,
 };
@@ -16,13 +16,13 @@ use log::{error, warn};
 use shared::{
     board::Phase,
     config::{Buffer, Redis},
-    shard::{BucketId, ShardId},
+    shard::ShardId,
     time::UnixMillis,
 };
 use store::{
     chunk::Codec,
-    client::{Client, Command, CommandError, Reply, Value, reply},
-    keys::{Bucket, Member, bucket_of},
+    client::{Client, Command, CommandError, Refusal, Reply, Seat, Value, reply},
+    keys::{Bucket, Buckets, Member},
     scripts::{PositionCall, PositionReply},
 };
 
@@ -91,7 +91,6 @@ impl crate::Refusal for UnreadablePosition {}
 pub struct Store {
     client: Client,
     instance: String,
-    buckets: u32,
     codec: Codec,
     ttl: Duration,
     buffer: Buffer,
@@ -112,12 +111,17 @@ impl Store {
         Self {
             client,
             instance,
-            buckets: redis.buckets,
             codec: Codec::from(redis.compression),
             ttl: redis.redis_ttl,
             buffer: buffer.clone(),
             written: HashMap::new(),
         }
+    }
+
+    /// How the store is cut into buckets.
+    #[must_use]
+    pub fn buckets(&self) -> Buckets {
+        self.client.buckets()
     }
 
     /// The client, for what a start has to count.
@@ -191,7 +195,7 @@ impl Store {
                 next: offset,
                 clock: clock.unwrap_or_default(),
                 spans: 0,
-                counts: if bucket.bucket == BucketId(0) {
+                counts: if bucket == self.buckets().first(shard) {
                     vec![(MISSING, missing)]
                 } else {
                     Vec::new()
@@ -294,19 +298,28 @@ impl Store {
         beat.phase(Phase::Redis);
         let mut rewind = self.first_positions(parts, beat)?;
         let mut journals = self.encode(parts);
+        let shards = parts.iter().map(|part| part.shard);
+        let mut open: HashSet<Bucket> = shards.flat_map(|shard| self.buckets_of(shard)).collect();
         loop {
-            journals.retain(|journal| !rewind.contains(&journal.bucket.shard));
-            rewind.extend(self.trip_one(parts, &rewind, &mut journals, beat)?);
-            let lost = match self.ask_early_looks(&journals) {
-                Ok(()) => self.trip_two(parts, &journals, settled, &mut rewind, beat)?,
-                Err(lost) => Some(lost),
-            };
-            let Some(lost) = lost else { break };
-            // Behind a new connection may be a server that never had the entries: its positions say so, and all begins again.
-            beat.failed(Reason::Redis, "insert batch", &lost)?;
-            rewind.extend(self.confirm(parts, &rewind, beat)?);
-            // What lies below a position that was written and stands exists: it may be flushed, and is not written again.
-            journals.retain(|journal| self.written.get(&journal.bucket) < Some(&journal.next));
+            open.retain(|bucket| !rewind.contains(&bucket.shard));
+            journals.retain(|journal| open.contains(&journal.bucket));
+            let seats = self.trip_one(&open, &mut journals, &mut rewind, beat)?;
+            let early = self.ask_early_looks(&journals);
+            let Left { buckets, error } =
+                self.trip_two(parts, &seats, &journals, settled, &mut rewind, beat)?;
+            if buckets.is_empty() {
+                break;
+            }
+            match error.or(early) {
+                Some(error) => beat.failed(Reason::Redis, "insert batch", &error)?,
+                None => beat.go_on()?,
+            }
+            // Behind a new connection may be a server that never had the entries: its positions say so, and what that node was
+            // to get begins again. What lies below a position that was written and stands exists: it may be flushed, and is
+            // not written again.
+            rewind.extend(self.confirm(parts, &buckets, beat)?);
+            open = buckets.into_iter().collect();
+            open.retain(|bucket| self.written.get(bucket) < next_of(parts, bucket.shard).as_ref());
         }
         rewind.sort_unstable();
         rewind.dedup();
@@ -356,12 +369,9 @@ impl Store {
         let mut places: HashMap<(Bucket, Member), usize> = HashMap::new();
         for part in parts {
             for subsegment in &part.subsegments {
-                let bucket = bucket_of(
-                    part.shard,
-                    subsegment.project,
-                    &subsegment.trace,
-                    self.buckets,
-                );
+                let bucket =
+                    self.buckets()
+                        .of_trace(part.shard, subsegment.project, &subsegment.trace);
                 let member = Member::new(subsegment.project, &subsegment.trace);
                 let place = *places.entry((bucket, member.clone())).or_insert_with(|| {
                     journals.push(JournalWrite::new(bucket, member, part.now, part.next));
@@ -382,37 +392,48 @@ impl Store {
         journals
     }
 
-    /// Trip 1: positions are read, entries and queues written; gives the shards that have to be read again.
+    /// Trip 1: positions are read, entries and queues written; gives the seat that took all of each bucket. A bucket whose seat
+    /// changed meanwhile begins again: another node, or another life of the same, may lack what was acknowledged.
     fn trip_one(
         &mut self,
-        parts: &[Writing<'_>],
-        rewind: &[ShardId],
+        open: &HashSet<Bucket>,
         journals: &mut [JournalWrite],
+        rewind: &mut Vec<ShardId>,
         beat: &mut Beat,
-    ) -> Result<Vec<ShardId>, Ended> {
-        let parts = parts.iter().filter(|part| !rewind.contains(&part.shard));
-        let buckets: Vec<Bucket> = parts.flat_map(|part| self.buckets_of(part.shard)).collect();
+    ) -> Result<BTreeMap<Bucket, Seat>, Ended> {
         let attempt = format!("insert batch journals={}", journals.len());
-        let mut trip = Trip::new(buckets, journals);
-        trip.begin_again();
+        let mut trip = Trip::new(open.iter().copied(), journals);
         loop {
+            let before = self.seats(open);
             let (places, commands): (Vec<_>, Vec<_>) = trip.left(self.ttl).into_iter().unzip();
             if commands.is_empty() {
                 beat.worked(Reason::Redis);
                 let positions = trip.positions();
-                return Ok(self.changed(positions.into_iter()));
+                rewind.extend(self.changed(positions.into_iter()));
+                return Ok(before);
             }
-            if let Some(error) = trip.take(&places, self.client.run(&commands)) {
-                if error.is_lost() {
-                    trip.begin_again();
-                }
-                beat.failed(Reason::Redis, &attempt, &error)?;
+            let error = trip.take(&places, self.client.run(&commands));
+            let moved = before
+                .iter()
+                .filter(|&(&bucket, &seat)| self.client.seat(bucket) != seat);
+            trip.begin_again(&moved.map(|(&bucket, _)| bucket).collect());
+            match error {
+                Some(error) => beat.failed(Reason::Redis, &attempt, &error)?,
+                None => beat.go_on()?,
             }
         }
     }
 
+    fn seats(&self, buckets: &HashSet<Bucket>) -> BTreeMap<Bucket, Seat> {
+        buckets
+            .iter()
+            .map(|&bucket| (bucket, self.client.seat(bucket)))
+            .collect()
+    }
+
     /// A trace that passed a multiple of a limit is looked at now, not at its deadline (docs/spec.md 4.5).
-    fn ask_early_looks(&mut self, journals: &[JournalWrite]) -> Result<(), CommandError> {
+    /// Gives a lost connection: the seats of its buckets have changed.
+    fn ask_early_looks(&mut self, journals: &[JournalWrite]) -> Option<CommandError> {
         let limits = [self.buffer.max_segment_bytes, self.buffer.max_trace_bytes];
         let mut early: BTreeMap<Bucket, Vec<(Member, UnixMillis)>> = BTreeMap::new();
         for journal in journals {
@@ -437,43 +458,49 @@ impl Store {
             .iter()
             .map(|(&bucket, members)| Command::enqueue(bucket, members))
             .collect();
+        let mut lost = None;
         for refusal in self
             .client
             .run(&commands)
             .into_iter()
             .filter_map(Result::err)
         {
-            if refusal.is_lost() {
-                return Err(refusal);
-            }
             // The trace is in its queue already: it is looked at in its time.
-            warn!("ask for early looks: {refusal}");
+            if refusal.is_lost() {
+                lost = Some(refusal);
+            } else {
+                warn!("ask for early looks: {refusal}");
+            }
         }
-        Ok(())
+        lost
     }
 
-    /// Trip 2: the positions of all buckets of these shards; from here on the entries exist. Gives the loss of the connection
-    /// that carried trip 1: what was not answered by then has to begin again.
+    /// Trip 2: the positions of all buckets of these shards; from here on the entries exist. Gives the buckets that have to begin
+    /// again: those whose seat is not the one that took their trip 1, or was lost before it answered.
     fn trip_two(
         &mut self,
         parts: &[Writing<'_>],
+        seats: &BTreeMap<Bucket, Seat>,
         journals: &[JournalWrite],
         settled: &Settled,
         rewind: &mut Vec<ShardId>,
         beat: &mut Beat,
-    ) -> Result<Option<CommandError>, Ended> {
+    ) -> Result<Left, Ended> {
         let mut spans: HashMap<Bucket, u64> = HashMap::new();
         for journal in journals {
             *spans.entry(journal.bucket).or_default() += journal.spans;
         }
         let mut steps = Vec::new();
         for part in parts.iter().filter(|part| !rewind.contains(&part.shard)) {
-            for bucket in self.buckets_of(part.shard) {
+            for bucket in self
+                .buckets_of(part.shard)
+                .filter(|bucket| seats.contains_key(bucket))
+            {
                 // A bucket may be ahead of the others of its shard; its position never goes back here.
                 let before = self.written.get(&bucket).copied();
                 let next = before.map_or(part.next, |written| written.max(part.next));
                 // A shard's first bucket counts for the shard.
-                let counts = if bucket.bucket == BucketId(0) {
+                let counts = if bucket == self.buckets().first(part.shard) {
                     settled.counts(part.shard, before.unwrap_or(0))
                 } else {
                     Vec::new()
@@ -488,16 +515,24 @@ impl Store {
                 });
             }
         }
+        let mut lost = Left::default();
         while !steps.is_empty() {
-            let commands: Vec<Command> = steps
+            let sits =
+                |step: &Step| seats.get(&step.bucket) == Some(&self.client.seat(step.bucket));
+            let (sitting, moved): (Vec<Step>, Vec<Step>) = steps.into_iter().partition(sits);
+            lost.buckets.extend(moved.iter().map(|step| step.bucket));
+            let commands: Vec<Command> = sitting
                 .iter()
                 .map(|step| step.command(&self.instance, self.ttl))
                 .collect();
             let replies = self.client.run(&commands);
             let (mut left, mut refused) = (Vec::new(), None);
-            for (step, reply) in steps.into_iter().zip(replies) {
+            for (step, reply) in sitting.into_iter().zip(replies) {
                 match reply {
-                    Err(error) if error.is_lost() => return Ok(Some(error)),
+                    Err(error) if error.is_lost() || error.is_refused_as(Refusal::Moved) => {
+                        lost.buckets.push(step.bucket);
+                        lost.error = Some(error);
+                    }
                     Err(error) if error.is_outage() => {
                         left.push(step);
                         refused = Some(error);
@@ -510,7 +545,7 @@ impl Store {
             }
             steps = left;
         }
-        Ok(None)
+        Ok(lost)
     }
 
     /// Reads positions after a lost connection: one that stands where this batch takes it was written, and not answered. Gives
@@ -518,25 +553,20 @@ impl Store {
     fn confirm(
         &mut self,
         parts: &[Writing<'_>],
-        rewind: &[ShardId],
+        buckets: &[Bucket],
         beat: &mut Beat,
     ) -> Result<Vec<ShardId>, Ended> {
-        let parts = parts.iter().filter(|part| !rewind.contains(&part.shard));
-        let buckets: Vec<(Bucket, u64)> = parts
-            .flat_map(|part| {
-                self.buckets_of(part.shard)
-                    .map(|bucket| (bucket, part.next))
-            })
-            .collect();
         let commands: Vec<Command> = buckets
             .iter()
-            .map(|&(bucket, _)| Command::position(bucket))
+            .map(|&bucket| Command::position(bucket))
             .collect();
         let values = insist(&mut self.client, beat, "read positions", &commands)?;
         let mut stands = Vec::with_capacity(buckets.len());
-        for ((bucket, next), value) in buckets.into_iter().zip(&values) {
+        for (&bucket, value) in buckets.iter().zip(&values) {
             let position = reply::offset(value);
-            if position == Some(next) {
+            if let Some(next) = next_of(parts, bucket.shard)
+                && position == Some(next)
+            {
                 self.written.insert(bucket, next);
             }
             stands.push((bucket, position));
@@ -586,11 +616,21 @@ impl Store {
     }
 
     fn buckets_of(&self, shard: ShardId) -> impl Iterator<Item = Bucket> + use<> {
-        (0..self.buckets).map(move |bucket| Bucket {
-            shard,
-            bucket: BucketId(bucket),
-        })
+        self.buckets().of_shard(shard)
     }
+}
+
+/// Buckets that have to begin again, and what one of them met.
+#[derive(Debug, Default)]
+struct Left {
+    buckets: Vec<Bucket>,
+    error: Option<CommandError>,
+}
+
+/// The offset behind a shard's part of the batch.
+fn next_of(parts: &[Writing<'_>], shard: ShardId) -> Option<u64> {
+    let part = parts.iter().find(|part| part.shard == shard);
+    part.map(|part| part.next)
 }
 
 /// One bucket's position on its way.

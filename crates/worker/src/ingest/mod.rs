@@ -322,8 +322,8 @@ fn write(
     let (mut writings, mut refused, mut counts) = (Vec::new(), Vec::new(), Vec::new());
     for part in sort(
         collected.records(Clock::wall_now()),
-        store,
-        config.redis.buckets,
+        &*store,
+        store.buckets(),
     ) {
         // Only assigned partitions are read.
         let Some(shard) = shards.get_mut(&part.shard) else {

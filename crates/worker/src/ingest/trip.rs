@@ -2,11 +2,14 @@
 //!
 //! In:     the journals of a batch, encoded; replies, in the order of the commands.
 //! Out:    the commands that are left; at the end the positions that stood at the head of the connection.
-//! Keeps:  a `ZADD` is sent again after any `HSET` of its bucket that was; after a lost connection all begins again at `HGET`.
+//! Keeps:  a `ZADD` is sent again after any `HSET` of its bucket that was; a bucket that begins again does so at `HGET`.
 //! Knows:  commands and replies. No connection, no waiting.
 //! Source: docs/store.md 2.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    time::Duration,
+};
 
 use shared::time::UnixMillis;
 use store::{
@@ -110,6 +113,8 @@ pub struct Trip<'j> {
     heads: Vec<(Bucket, Option<Value>)>,
     journals: &'j mut [JournalWrite],
     queued: BTreeMap<Bucket, bool>,
+    /// Buckets with a write that failed in this attempt.
+    undone: HashSet<Bucket>,
 }
 
 /// What a command of the trip is for.
@@ -130,11 +135,14 @@ pub enum Place {
 }
 
 impl<'j> Trip<'j> {
-    /// A trip that has sent nothing.
+    /// A trip that has sent nothing; what a trip before it sent is sent again.
     pub fn new(
         buckets: impl IntoIterator<Item = Bucket>,
         journals: &'j mut [JournalWrite],
     ) -> Self {
+        for journal in &mut *journals {
+            journal.done = false;
+        }
         let queued = journals
             .iter()
             .map(|journal| (journal.bucket, false))
@@ -143,6 +151,7 @@ impl<'j> Trip<'j> {
             heads: buckets.into_iter().map(|bucket| (bucket, None)).collect(),
             journals,
             queued,
+            undone: HashSet::new(),
         }
     }
 
@@ -183,18 +192,16 @@ impl<'j> Trip<'j> {
                 ));
             }
         }
-        for &bucket in self
-            .queued
-            .iter()
-            .filter(|(_, queued)| !**queued)
-            .map(|(bucket, _)| bucket)
-        {
-            let members: Vec<_> = self
-                .journals
-                .iter()
-                .filter(|journal| journal.bucket == bucket)
-                .map(|journal| (journal.member.clone(), journal.score))
-                .collect();
+        let mut members: BTreeMap<Bucket, Vec<(Member, UnixMillis)>> = BTreeMap::new();
+        for journal in self.journals.iter() {
+            if self.queued.get(&journal.bucket) == Some(&false) {
+                members
+                    .entry(journal.bucket)
+                    .or_default()
+                    .push((journal.member.clone(), journal.score));
+            }
+        }
+        for (bucket, members) in members {
             left.push((Place::Queue(bucket), Command::enqueue(bucket, &members)));
         }
         left
@@ -207,6 +214,7 @@ impl<'j> Trip<'j> {
                 self.journals[index].done = true;
             }
         }
+        self.undone.clear();
         let mut first = None;
         for (&place, reply) in places.iter().zip(replies) {
             match reply {
@@ -224,13 +232,22 @@ impl<'j> Trip<'j> {
         first
     }
 
-    /// Lets go of every reply: the connection that gave them is gone, and what it had written may be.
-    pub fn begin_again(&mut self) {
-        self.heads.iter_mut().for_each(|(_, head)| *head = None);
-        self.journals
-            .iter_mut()
-            .for_each(|journal| journal.done = false);
-        self.queued.values_mut().for_each(|queued| *queued = false);
+    /// Lets go of every reply of these buckets: the connection that gave them is gone, and what it had written may be.
+    pub fn begin_again(&mut self, buckets: &HashSet<Bucket>) {
+        if buckets.is_empty() {
+            return;
+        }
+        for (bucket, head) in &mut self.heads {
+            if buckets.contains(bucket) {
+                *head = None;
+            }
+        }
+        for journal in &mut *self.journals {
+            journal.done &= !buckets.contains(&journal.bucket);
+        }
+        for (bucket, queued) in &mut self.queued {
+            *queued &= !buckets.contains(bucket);
+        }
     }
 
     /// The positions that stood at the head of the connection.
@@ -250,11 +267,7 @@ impl<'j> Trip<'j> {
             Place::Write(_) | Place::Expire(_) => {}
             // Commands are answered in order: whether all writes of this bucket were good is known by now.
             Place::Queue(bucket) => {
-                let written = self
-                    .journals
-                    .iter()
-                    .all(|journal| journal.bucket != bucket || journal.done);
-                self.queued.insert(bucket, written);
+                self.queued.insert(bucket, !self.undone.contains(&bucket));
             }
         }
     }
@@ -265,8 +278,10 @@ impl<'j> Trip<'j> {
             | Place::Expire(index)
             | Place::Entries(index)
             | Place::Memory(index) => {
-                self.journals[index].done = false;
-                self.queued.insert(self.journals[index].bucket, false);
+                let journal = &mut self.journals[index];
+                journal.done = false;
+                self.queued.insert(journal.bucket, false);
+                self.undone.insert(journal.bucket);
             }
             Place::Head(_) | Place::Queue(_) => {}
         }
@@ -275,4 +290,87 @@ impl<'j> Trip<'j> {
 
 fn count(length: usize) -> u64 {
     u64::try_from(length).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::{
+        ids::{ProjectId, TraceId},
+        shard::ShardId,
+    };
+    use store::{client::Refusal, keys::Buckets};
+
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(60);
+
+    fn buckets() -> Vec<Bucket> {
+        Buckets::new(None, 2).of_shard(ShardId(0)).collect()
+    }
+
+    /// One journal in each bucket.
+    fn journals() -> Vec<JournalWrite> {
+        let journal = |bucket: Bucket| {
+            let member = Member::new(ProjectId(1), &TraceId::new(b"t"));
+            JournalWrite::new(bucket, member, UnixMillis(1), 1)
+        };
+        buckets().into_iter().map(journal).collect()
+    }
+
+    /// What is left, as letters with the bucket's number.
+    fn left(trip: &Trip<'_>) -> (Vec<Place>, String) {
+        let places: Vec<Place> = trip.left(TTL).into_iter().map(|(place, _)| place).collect();
+        let letters = places.iter().map(|place| match place {
+            Place::Head(bucket) => format!("h{bucket}"),
+            Place::Write(journal) => format!("w{journal}"),
+            Place::Expire(journal) => format!("e{journal}"),
+            Place::Entries(journal) => format!("n{journal}"),
+            Place::Memory(journal) => format!("m{journal}"),
+            Place::Queue(bucket) => format!("q{}", bucket.bucket),
+        });
+        let letters = letters.collect::<Vec<_>>().join(" ");
+        (places, letters)
+    }
+
+    fn refused() -> Reply {
+        Err(CommandError::Refused {
+            address: String::new(),
+            command: String::new(),
+            kind: Refusal::Moved,
+            message: String::new(),
+        })
+    }
+
+    #[test]
+    fn a_queue_is_written_again_after_a_write_that_was_refused() {
+        let mut journals = journals();
+        let mut trip = Trip::new(buckets(), &mut journals);
+        let (places, letters) = left(&trip);
+        assert_eq!(letters, "h0 h1 w0 e0 n0 w1 e1 n1 q0 q1");
+        let replies = |bad: &[usize], all: usize| -> Vec<Reply> {
+            (0..all)
+                .map(|place| match bad.contains(&place) {
+                    true => refused(),
+                    false => Ok(Value::Int(1)),
+                })
+                .collect()
+        };
+        // The second journal's write is refused, and its queue is written all the same.
+        assert!(trip.take(&places, replies(&[5], 10)).is_some());
+        let (places, letters) = left(&trip);
+        assert_eq!(letters, "w1 e1 n1 q1");
+        assert!(trip.take(&places, replies(&[], 4)).is_none());
+        assert_eq!(left(&trip).1, "");
+    }
+
+    #[test]
+    fn a_bucket_that_begins_again_leaves_the_others_alone() {
+        let mut journals = journals();
+        let mut trip = Trip::new(buckets(), &mut journals);
+        let (places, _) = left(&trip);
+        let good = places.iter().map(|_| Ok(Value::Int(1))).collect();
+        assert!(trip.take(&places, good).is_none());
+        trip.begin_again(&[buckets()[1]].into());
+        assert_eq!(left(&trip).1, "h1 w1 e1 n1 q1");
+    }
 }

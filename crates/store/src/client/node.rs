@@ -1,0 +1,143 @@
+//! One connection to one node.
+//!
+//! In:     commands, in the order in which they are to be sent.
+//! Out:    a raw reply to each.
+//! Keeps:  a connection that had any I/O error is dropped, so no reply is ever taken for another's; every wait has an end.
+//! Knows:  the crate `redis`, as far as one connection. Not what a reply means.
+//! Source: docs/store.md 2.
+
+use std::time::Duration;
+
+use redis::{
+    Connection, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, RedisConnectionInfo,
+    RedisError, Value, io::tcp::TcpSettings,
+};
+use shared::time::{Clock, MonoNanos};
+
+use super::{AddressError, Command};
+
+/// What is sent before replies are read: a pause of the server is noticed early, and its buffers stay small.
+const SLICE_COMMANDS: usize = 1_000;
+const SLICE_BYTES: usize = 8 << 20;
+
+/// One node, and the connection to it.
+pub(super) struct Node {
+    pub(super) address: String,
+    /// The host of the address.
+    pub(super) host: String,
+    info: ConnectionInfo,
+    timeout: Duration,
+    connection: Option<Connection>,
+    /// How many connections were let go of: what one of them heard may be gone behind the next.
+    pub(super) losses: u64,
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node")
+            .field("address", &self.address)
+            .field("open", &self.is_open())
+            .field("losses", &self.losses)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Node {
+    pub(super) fn new(address: &str, timeout: Duration) -> Result<Self, AddressError> {
+        let wrong = || AddressError(address.to_owned());
+        let bare = address.strip_prefix("redis://").unwrap_or(address);
+        let (host, port) = bare.rsplit_once(':').ok_or_else(wrong)?;
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let port = port.parse().map_err(|_| wrong())?;
+        let info = ConnectionAddr::Tcp(host.to_owned(), port)
+            .into_connection_info()
+            .map_err(|_| wrong())?;
+        let info = info.set_tcp_settings(TcpSettings::default().set_nodelay(true));
+        // Nothing is sent while connecting: the first reply is that to our first command.
+        let info = info.set_redis_settings(RedisConnectionInfo::default().set_skip_set_lib_name());
+        Ok(Self {
+            address: bare.to_owned(),
+            host: host.to_owned(),
+            info,
+            timeout,
+            connection: None,
+            losses: 0,
+        })
+    }
+
+    /// Whether there is a connection.
+    pub(super) fn is_open(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    /// Lets go of the connection.
+    pub(super) fn close(&mut self) {
+        self.connection = None;
+        self.losses += 1;
+    }
+
+    /// Sends commands in slices; once the connection is lost, everything behind it is lost as well.
+    pub(super) fn send<'c>(
+        &mut self,
+        commands: impl ExactSizeIterator<Item = &'c Command>,
+        until: MonoNanos,
+    ) -> Vec<Result<Value, RedisError>> {
+        let all = commands.len();
+        let mut commands = commands.peekable();
+        let mut replies = Vec::with_capacity(all);
+        while commands.peek().is_some() {
+            let (slice, count) = encode(&mut commands);
+            if let Err(error) = self.send_slice(&slice, count, until, &mut replies) {
+                self.close();
+                replies.resize_with(all, || Err(error.clone()));
+                break;
+            }
+        }
+        replies
+    }
+
+    fn send_slice(
+        &mut self,
+        slice: &[u8],
+        count: usize,
+        until: MonoNanos,
+        replies: &mut Vec<Result<Value, RedisError>>,
+    ) -> Result<(), RedisError> {
+        let in_time = || match Clock::mono_now() < until {
+            true => Ok(()),
+            false => Err(std::io::Error::from(std::io::ErrorKind::TimedOut)),
+        };
+        in_time()?;
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            empty => empty.insert(connect(&self.info, self.timeout)?),
+        };
+        connection.send_packed_command(slice)?;
+        for _ in 0..count {
+            in_time()?;
+            replies.push(Ok(connection.recv_response()?));
+        }
+        Ok(())
+    }
+}
+
+/// A connection whose every wait has an end.
+fn connect(info: &ConnectionInfo, timeout: Duration) -> Result<Connection, RedisError> {
+    let connection = redis::Client::open(info.clone())?.get_connection_with_timeout(timeout)?;
+    connection.set_read_timeout(Some(timeout))?;
+    connection.set_write_timeout(Some(timeout))?;
+    Ok(connection)
+}
+
+/// As many commands as go into one slice, encoded, and how many these are.
+fn encode<'c>(commands: &mut impl Iterator<Item = &'c Command>) -> (Vec<u8>, usize) {
+    let (mut slice, mut count) = (Vec::new(), 0);
+    for command in commands.by_ref().take(SLICE_COMMANDS) {
+        command.cmd.write_packed_command(&mut slice);
+        count += 1;
+        if slice.len() >= SLICE_BYTES {
+            break;
+        }
+    }
+    (slice, count)
+}
