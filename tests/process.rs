@@ -15,6 +15,7 @@
 mod process_input;
 mod process_kills;
 mod process_refusals;
+mod process_supervision;
 mod process_time;
 mod process_whole;
 mod world;
