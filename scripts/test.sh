@@ -37,6 +37,8 @@ step "feature ssl"
 cargo check --package worker --features ssl
 step "build"
 cargo build --workspace --bins
+step "systemd unit"
+scripts/systemd.sh
 step "unit and property tests"
 cargo test --quiet --workspace --exclude e2e
 process 1

@@ -18,6 +18,7 @@ mod process_input;
 mod process_kills;
 mod process_refusals;
 mod process_sizes;
+mod process_supervision;
 mod process_time;
 mod process_whole;
 mod world;

@@ -13,6 +13,7 @@ use std::{
 use clap::{Parser, Subcommand};
 
 mod demo;
+mod status;
 
 /// The operator's tool of Spanbuf.
 #[derive(Debug, Parser)]
@@ -26,19 +27,22 @@ struct Arguments {
 enum Command {
     /// Runs the whole way on this machine: a private Redis, a Kafka inside this process, the real supervisor and workers.
     Demo(demo::Arguments),
+    /// Shows the workers of the supervisor on this machine, as its board has them.
+    Status(status::Arguments),
 }
 
 fn main() -> ExitCode {
     let Arguments { command } = Arguments::parse();
-    let done = match command {
-        Command::Demo(arguments) => demo::run(&arguments),
+    let done: Result<bool, Box<dyn std::error::Error>> = match command {
+        Command::Demo(arguments) => demo::run(&arguments).map_err(Into::into),
+        Command::Status(arguments) => status::run(&arguments).map_err(Into::into),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             let mut text = format!("error: {error}");
-            let mut source = std::error::Error::source(&error);
+            let mut source = error.source();
             while let Some(cause) = source {
                 text.push_str(&format!(": {cause}"));
                 source = cause.source();

@@ -2,7 +2,7 @@
 //!
 //! In:     failures; moments in which the slot's worker is Healthy; a jitter, drawn by the caller.
 //! Out:    whether one more restart is allowed, and after which wait.
-//! Keeps:  one number a slot: one more for each failure, one less for each [`STABLE`] in Healthy, never below zero.
+//! Keeps:  one number a slot: one more for each failure, one less for each `stable` in Healthy, never below zero.
 //!         With a cap of 10 the tenth restart still happens, the eleventh does not.
 //! Knows:  lengths of time. Pure.
 //! Source: docs/supervision.md 3.
@@ -10,10 +10,6 @@
 use std::time::Duration;
 
 use shared::time::MonoNanos;
-
-/// How long a worker must be Healthy until one of its failures is forgotten: longer than any backoff, so a worker
-/// that dies again and again reaches its cap.
-pub const STABLE: Duration = Duration::from_secs(300);
 
 /// The waits before the first, the second, … restart, in seconds; the last one stands for all that follow.
 const BACKOFF_SECONDS: [u64; 7] = [0, 1, 2, 4, 8, 16, 30];
@@ -57,13 +53,13 @@ impl Cap {
         self.seen = None;
     }
 
-    /// The worker is Healthy now, and has been since this was last said.
-    pub fn healthy(&mut self, now: MonoNanos) {
+    /// The worker is Healthy now, and has been since this was last said; each `stable` of it heals a failure.
+    pub fn healthy(&mut self, now: MonoNanos, stable: Duration) {
         self.healthy += self.seen.map_or(Duration::ZERO, |seen| now.since(seen));
         self.seen = Some(now);
-        while self.failures > 0 && self.healthy >= STABLE {
+        while self.failures > 0 && self.healthy >= stable {
             self.failures -= 1;
-            self.healthy -= STABLE;
+            self.healthy -= stable;
         }
         if self.failures == 0 {
             self.healthy = Duration::ZERO;
@@ -116,6 +112,8 @@ mod tests {
 
     use super::*;
 
+    const STABLE: Duration = Duration::from_secs(300);
+
     fn at(seconds: u64) -> MonoNanos {
         MonoNanos::default().after(Duration::from_secs(seconds))
     }
@@ -142,8 +140,8 @@ mod tests {
             })
             .collect();
         assert_eq!(waits, [0, 1, 2, 4, 8, 16, 30, 30, 30]);
-        cap.healthy(at(0));
-        cap.healthy(at(300 * 6));
+        cap.healthy(at(0), STABLE);
+        cap.healthy(at(300 * 6), STABLE);
         assert_eq!(cap.failures(), 3);
         cap.fail();
         assert_eq!(cap.backoff(Jitter::default()).as_secs(), 4);
@@ -162,20 +160,20 @@ mod tests {
     fn each_five_minutes_in_healthy_forget_one_failure() {
         let mut cap = Cap::default();
         (0..3).for_each(|_| cap.fail());
-        cap.healthy(at(0));
-        cap.healthy(at(299));
+        cap.healthy(at(0), STABLE);
+        cap.healthy(at(299), STABLE);
         assert_eq!(cap.failures(), 3);
         // Time out of Healthy heals nothing, and takes nothing away.
         cap.interrupt();
-        cap.healthy(at(5_000));
-        cap.healthy(at(5_001));
+        cap.healthy(at(5_000), STABLE);
+        cap.healthy(at(5_001), STABLE);
         assert_eq!(cap.failures(), 2);
-        cap.healthy(at(50_000));
+        cap.healthy(at(50_000), STABLE);
         assert_eq!((cap.failures(), cap.lifetime()), (0, 3));
         // Nothing is saved for later.
         cap.fail();
-        cap.healthy(at(50_001));
-        cap.healthy(at(50_300));
+        cap.healthy(at(50_001), STABLE);
+        cap.healthy(at(50_300), STABLE);
         assert_eq!(cap.failures(), 1);
     }
 
@@ -183,11 +181,11 @@ mod tests {
     fn a_failure_begins_the_healing_anew() {
         let mut cap = Cap::default();
         cap.fail();
-        cap.healthy(at(0));
-        cap.healthy(at(299));
+        cap.healthy(at(0), STABLE);
+        cap.healthy(at(299), STABLE);
         cap.fail();
-        cap.healthy(at(400));
-        cap.healthy(at(401));
+        cap.healthy(at(400), STABLE);
+        cap.healthy(at(401), STABLE);
         assert_eq!(cap.failures(), 2);
     }
 
@@ -203,7 +201,7 @@ mod tests {
                     fails += 1;
                     prop_assert_eq!(cap.failures(), before + 1);
                 } else {
-                    cap.healthy(at(now));
+                    cap.healthy(at(now), STABLE);
                     prop_assert!(u64::from(before - cap.failures()) <= now / 300 + 1);
                 }
                 prop_assert_eq!(cap.lifetime(), fails);

@@ -12,7 +12,13 @@ use std::{
 };
 
 use log::{error, info};
-use shared::{board::BoardOwner, config::Config, exit::Exit, launch::Role, time::Clock};
+use shared::{
+    board::{BoardOwner, Cause},
+    config::Config,
+    exit::Exit,
+    launch::Role,
+    time::Clock,
+};
 
 use crate::{
     StartError,
@@ -21,7 +27,6 @@ use crate::{
         spawn::{Birth, Spawner},
         stop,
     },
-    slot::Cause,
     turn::{Request, Turn},
 };
 
@@ -129,7 +134,7 @@ mod tests {
         for (code, expected) in rows {
             assert_eq!(exit(&Cause::Exit(code), None), expected, "{code}");
         }
-        assert_eq!(exit(&Cause::Signal("SEGV".into()), None), Exit::Os);
+        assert_eq!(exit(&Cause::Signal(11), None), Exit::Os);
         assert_eq!(exit(&Cause::Exit(127), Some(2)), Exit::Os);
     }
 }

@@ -10,7 +10,6 @@ use std::{
     error::Error,
     ffi::OsString,
     io::{self, Write},
-    path::PathBuf,
 };
 
 use log::{LevelFilter, error, info, warn};
@@ -30,8 +29,10 @@ use crate::{
         Duty, Fleet,
         lock::{Lock, LockError},
         reap,
-        spawn::{self, BinaryError, SpawnError, Spawner},
+        recycle::Source,
+        spawn::{self, BinaryError, SpawnError},
     },
+    notify::Notify,
     turn::{Request, Turn, TurnError},
 };
 
@@ -39,6 +40,7 @@ pub mod cap;
 mod check;
 pub mod cli;
 mod fleet;
+mod notify;
 mod report;
 pub mod slot;
 pub mod turn;
@@ -92,9 +94,16 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Exit {
 /// From a plan to the end of the last worker.
 fn start(turn: &Turn, plan: &Plan) -> Result<Exit, StartError> {
     reap::prove_pidfds().map_err(StartError::NoPidfds)?;
-    let config = Config::load(plan.config.as_deref(), std::env::vars_os(), &plan.flags)?;
+    let source = Source {
+        path: plan.config.clone(),
+        flags: plan.flags.clone(),
+        worker: std::env::current_exe()
+            .map_err(StartError::OwnBinary)?
+            .with_file_name("worker"),
+    };
+    let config = source.config()?;
     listen(config.log.level);
-    let spawner = Spawner::new(&worker_path(&config.supervision)?, std::env::vars_os())?;
+    let spawner = source.spawner(&config.supervision)?;
     if plan.check {
         return check::run(turn, &config, &spawner);
     }
@@ -105,18 +114,17 @@ fn start(turn: &Turn, plan: &Plan) -> Result<Exit, StartError> {
     };
     let slots = u32::try_from(duties.len()).unwrap_or(u32::MAX);
     let board = BoardOwner::create(&config.supervision.shards, slots)?;
-    let mut fleet = Fleet::new(config, duties, spawner, board, lock, Clock::mono_now());
-    Ok(turn::run(turn, &mut fleet)?)
-}
-
-/// Where the worker's binary is.
-fn worker_path(supervision: &Supervision) -> Result<PathBuf, StartError> {
-    match &supervision.worker {
-        Some(path) => Ok(path.clone()),
-        None => Ok(std::env::current_exe()
-            .map_err(StartError::OwnBinary)?
-            .with_file_name("worker")),
-    }
+    let mut fleet = Fleet::new(
+        config,
+        duties,
+        spawner,
+        source,
+        board,
+        lock,
+        Clock::mono_now(),
+    );
+    let mut notify = Notify::new(std::env::vars_os());
+    Ok(turn::run(turn, &mut fleet, &mut notify)?)
 }
 
 /// Takes the run directory, waiting for its last owner to go. None when asked to stop meanwhile.

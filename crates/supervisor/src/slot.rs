@@ -1,16 +1,17 @@
 //! The states of one slot, and what leads from one to the next.
 //!
 //! In:     what happened: the board was looked at, a child ended or could not be forked, an operator spoke.
-//! Out:    the slot as it is then, and what is to be done: start, terminate, kill, escalate.
+//! Out:    the slot as it is then, and what is to be done: start, terminate, capture, kill, escalate.
 //! Keeps:  every change is in [`CHANGES`]; a start is asked for only where no process is; the restart cap is never passed;
-//!         a slot that was told to stop never starts again.
+//!         a slot that was told to stop never starts again; only what was confirmed a tick later is killed.
 //! Knows:  the beat on the board, the restart cap. It does nothing itself. Pure.
 //! Source: docs/supervision.md 3.
 
-use std::{collections::VecDeque, fmt, time::Duration};
+use std::{collections::VecDeque, time::Duration};
 
 use shared::{
-    board::{Phase, SlotBeat, SlotState},
+    board::{Cause, Death, Phase, SlotBeat, SlotState},
+    config::{HangSignal, Policy, Supervision},
     exit::Exit,
     time::MonoNanos,
 };
@@ -19,21 +20,29 @@ use crate::cap::{Cap, Jitter};
 
 /// A worker that waits this long for one call to Redis or Kafka is shown as Backpressured, whatever it says itself.
 const WAITING_SHOWN_AFTER: Duration = Duration::from_secs(5);
+/// How long a hung worker may take over what `hang_signal` makes it do, such as writing a core.
+const HANG_GRACE: Duration = Duration::from_secs(5);
 /// How many deaths a slot remembers.
 const DEATHS_KEPT: usize = 8;
 
-/// Every change of state that is allowed. What judges hangs (Suspect, Hung) will stand between the living and Killed.
-pub const CHANGES: [(SlotState, &[SlotState]); 9] = {
+/// Every change of state that is allowed.
+pub const CHANGES: [(SlotState, &[SlotState]); 11] = {
     use SlotState::{
-        Backoff, Backpressured, Dead, Failed, Healthy, Killed, Starting, Stopped, Unkillable,
+        Backoff, Backpressured, Dead, Failed, Healthy, Hung, Killed, Starting, Stopped, Suspect,
+        Unkillable,
     };
     [
-        (Starting, &[Healthy, Backpressured, Killed, Dead]),
-        (Healthy, &[Backpressured, Killed, Dead]),
-        (Backpressured, &[Healthy, Killed, Dead]),
+        (Starting, &[Healthy, Backpressured, Suspect, Killed, Dead]),
+        (Healthy, &[Backpressured, Suspect, Killed, Dead]),
+        (Backpressured, &[Healthy, Suspect, Killed, Dead]),
+        (
+            Suspect,
+            &[Starting, Healthy, Backpressured, Hung, Killed, Dead],
+        ),
+        (Hung, &[Killed, Dead]),
         (Killed, &[Unkillable, Dead]),
         (Unkillable, &[Dead]),
-        (Dead, &[Stopped, Failed, Backoff]),
+        (Dead, &[Starting, Stopped, Failed, Backoff]),
         (Backoff, &[Starting, Stopped]),
         (Failed, &[Starting, Stopped]),
         (Stopped, &[]),
@@ -51,49 +60,11 @@ pub fn allowed(from: SlotState, to: SlotState) -> bool {
 /// Whether a process belongs to that state.
 #[must_use]
 pub fn lives(state: SlotState) -> bool {
-    use SlotState::{Backpressured, Healthy, Killed, Starting, Unkillable};
+    use SlotState::{Backpressured, Healthy, Hung, Killed, Starting, Suspect, Unkillable};
     matches!(
         state,
-        Starting | Healthy | Backpressured | Killed | Unkillable
+        Starting | Healthy | Backpressured | Suspect | Hung | Killed | Unkillable
     )
-}
-
-/// Why a worker ended, or never began.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Cause {
-    /// It ended by itself, with that code. Without having been asked to, even 0 is a failure.
-    Exit(i32),
-    /// A signal ended it, such as `KILL`.
-    Signal(String),
-    /// It was forked but the worker's binary could not be executed: the name of the error.
-    Exec(String),
-    /// It could not be forked: the name of the error.
-    Fork(String),
-    /// It was killed and did not end.
-    Unkillable,
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Exit(code) => write!(f, "exit_{code}"),
-            Self::Signal(name) => write!(f, "signal_{name}"),
-            Self::Exec(errno) => write!(f, "exec_{errno}"),
-            Self::Fork(errno) => write!(f, "fork_{errno}"),
-            Self::Unkillable => f.write_str("unkillable"),
-        }
-    }
-}
-
-/// One of the last deaths of a slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Death {
-    /// When it was noticed.
-    pub at: MonoNanos,
-    /// Whose it was.
-    pub generation: u32,
-    /// Why.
-    pub cause: Cause,
 }
 
 /// What happened.
@@ -117,6 +88,10 @@ pub enum Event {
     },
     /// All is to drain.
     Stop,
+    /// Ages start anew: the supervisor itself stood still, or a debugger holds the process.
+    Anew,
+    /// The worker is to be replaced by one with a new record.
+    Recycle,
     /// The deadline of draining has come.
     Kill,
     /// An operator asks to forget what failed.
@@ -130,6 +105,10 @@ pub enum Action {
     Start(u32),
     /// Ask the process to end what it is in (TERM).
     Terminate,
+    /// Note what can be seen of the process, before it is killed.
+    Capture,
+    /// Send what the configuration names for a hung worker.
+    Signal(HangSignal),
     /// End the process (KILL).
     Kill,
     /// Drain everything and end with that code.
@@ -143,8 +122,64 @@ pub struct Rules {
     pub tick: Duration,
     /// How long a killed process may take to end.
     pub reap_limit: Duration,
+    /// How long one may take to end that was asked to.
+    pub drain: Duration,
+    /// How long one may show no progress in phase `boot`.
+    pub boot: Duration,
+    /// The same in phases `idle`, `work` and `redis`.
+    pub hang: Duration,
+    /// The same in phase `kafka`.
+    pub blocked: Duration,
+    /// How long in Healthy heals a failure.
+    pub stable: Duration,
     /// The restart cap.
     pub max_restarts: u32,
+    /// Sent to a hung worker before it is killed.
+    pub hang_signal: Option<HangSignal>,
+    /// What follows when the slot has failed.
+    pub policy: Policy,
+}
+
+impl Rules {
+    /// Those of a configuration.
+    #[must_use]
+    pub fn new(supervision: &Supervision) -> Self {
+        let Supervision {
+            tick,
+            reap_limit,
+            drain,
+            boot,
+            hang,
+            blocked,
+            stable,
+            max_restarts,
+            hang_signal,
+            policy,
+            ..
+        } = *supervision;
+        Self {
+            tick,
+            reap_limit,
+            drain,
+            boot,
+            hang,
+            blocked,
+            stable,
+            max_restarts,
+            hang_signal,
+            policy,
+        }
+    }
+
+    /// How long no progress may be seen in a phase.
+    fn budget(&self, phase: Phase) -> Duration {
+        match phase {
+            Phase::Boot => self.boot,
+            Phase::Idle | Phase::Work | Phase::Redis => self.hang,
+            Phase::Kafka => self.blocked,
+            Phase::Drain => self.drain,
+        }
+    }
 }
 
 /// One place for a worker.
@@ -161,7 +196,17 @@ pub struct Slot {
     due: MonoNanos,
     /// It was told to stop: nothing is judged or started any more.
     stopping: bool,
+    /// It was told to make room for its successor, by then.
+    recycling: Option<MonoNanos>,
+    /// It has a new record, and has not been Healthy with it: its failure is no reason to drain the others.
+    on_trial: bool,
     pulse: Option<Pulse>,
+    /// From when on the age counts: the last change of the pulse, the start, or a moment from which ages start anew.
+    fresh: MonoNanos,
+    /// The state before Suspect.
+    unsuspected: SlotState,
+    /// Why it is killed, once that is decided: what its death is put down to.
+    verdict: Option<Cause>,
     /// Since when the board shows no backpressure, while the slot is Backpressured.
     clear_since: Option<MonoNanos>,
 }
@@ -188,7 +233,12 @@ impl Slot {
             deaths: VecDeque::with_capacity(DEATHS_KEPT),
             due: now,
             stopping: false,
+            recycling: None,
+            on_trial: false,
             pulse: None,
+            fresh: now,
+            unsuspected: SlotState::Starting,
+            verdict: None,
             clear_since: None,
         }
     }
@@ -230,7 +280,7 @@ impl Slot {
     }
 
     /// The last deaths, oldest first.
-    pub fn deaths(&self) -> impl ExactSizeIterator<Item = &Death> {
+    pub fn deaths(&self) -> impl ExactSizeIterator<Item = &Death> + DoubleEndedIterator {
         self.deaths.iter()
     }
 
@@ -240,20 +290,64 @@ impl Slot {
         self.due.since(self.since)
     }
 
+    /// Judges by other rules from now on.
+    pub fn rule(&mut self, rules: Rules) {
+        self.rules = rules;
+    }
+
+    /// Whether it makes room for its successor.
+    #[must_use]
+    pub fn recycling(&self) -> bool {
+        self.recycling.is_some()
+    }
+
+    /// Whether its worker has a new record and has not been Healthy with it.
+    #[must_use]
+    pub fn on_trial(&self) -> bool {
+        self.on_trial
+    }
+
     /// When time alone moves the slot on; none where only an event does, or a beat.
     #[must_use]
     pub fn due(&self) -> Option<MonoNanos> {
+        use SlotState::{Backoff, Backpressured, Healthy, Hung, Killed, Starting, Suspect};
         match self.state {
-            SlotState::Backoff => Some(self.due),
-            SlotState::Killed => Some(self.since.after(self.rules.reap_limit)),
+            Backoff => Some(self.due),
+            Killed => Some(self.since.after(self.rules.reap_limit)),
+            Hung => Some(self.since.after(HANG_GRACE)),
+            Starting | Healthy | Backpressured | Suspect if self.recycling.is_some() => {
+                self.recycling
+            }
+            Starting | Healthy | Backpressured | Suspect if self.stopping => None,
+            Suspect => Some(self.since.after(self.rules.tick)),
+            Starting | Healthy | Backpressured => {
+                Some(self.fresh.after(self.rules.budget(self.phase())))
+            }
             _ => None,
         }
+    }
+
+    /// When progress or phase was last seen to change; none before the first sign of life.
+    #[must_use]
+    pub fn moved(&self) -> Option<MonoNanos> {
+        self.pulse.map(|pulse| pulse.moved)
+    }
+
+    /// Whether a living worker has shown no progress for longer than its phase allows, as far as it was looked at.
+    #[must_use]
+    pub fn overdue(&self, now: MonoNanos) -> bool {
+        lives(self.state) && now.since(self.fresh) >= self.rules.budget(self.phase())
+    }
+
+    /// The phase it was last seen in; without a sign of life it boots.
+    fn phase(&self) -> Phase {
+        self.pulse.map_or(Phase::Boot, |pulse| pulse.phase)
     }
 
     /// How long the supervisor has seen no sign of life; none before the first.
     #[must_use]
     pub fn beat_age(&self, now: MonoNanos) -> Option<Duration> {
-        self.pulse.map(|pulse| now.since(pulse.moved))
+        self.moved().map(|moved| now.since(moved))
     }
 
     fn enter(&mut self, state: SlotState, now: MonoNanos) {
@@ -275,6 +369,9 @@ impl Slot {
         // Generation 0 is that of a slot that never had a worker.
         self.generation = self.generation.wrapping_add(1).max(1);
         self.pulse = None;
+        self.fresh = now;
+        self.verdict = None;
+        self.recycling = None;
         vec![Action::Start(self.generation)]
     }
 
@@ -286,11 +383,7 @@ impl Slot {
         if self.deaths.len() == DEATHS_KEPT {
             self.deaths.pop_front();
         }
-        self.deaths.push_back(Death {
-            at: now,
-            generation: self.generation,
-            cause,
-        });
+        self.deaths.push_back(Death { at: now, cause });
     }
 
     /// Where a dead slot goes.
@@ -299,6 +392,10 @@ impl Slot {
             self.enter(SlotState::Stopped, now);
         } else if hopeless || self.cap.passed(self.rules.max_restarts) {
             self.enter(SlotState::Failed, now);
+            // A new configuration that does not work is said, and the workers with the old one go on.
+            if self.rules.policy == Policy::Isolate || self.on_trial {
+                return Vec::new();
+            }
             return vec![Action::Escalate(if hopeless {
                 Exit::Config
             } else {
@@ -312,17 +409,71 @@ impl Slot {
     }
 
     fn feel(&mut self, beat: &SlotBeat, now: MonoNanos) {
-        let moved = match self.pulse {
-            Some(pulse) if pulse.progress == beat.progress && pulse.phase == beat.phase => {
-                pulse.moved
+        let same = self
+            .pulse
+            .filter(|pulse| pulse.progress == beat.progress && pulse.phase == beat.phase);
+        if same.is_none() {
+            self.fresh = now;
+            self.pulse = Some(Pulse {
+                progress: beat.progress,
+                phase: beat.phase,
+                moved: now,
+            });
+        }
+    }
+
+    /// What a look at a living worker makes of its slot.
+    fn look(&mut self, beat: Option<&SlotBeat>, now: MonoNanos) -> Vec<Action> {
+        if let Some(beat) = beat {
+            self.feel(beat, now);
+        }
+        if let Some(deadline) = self.recycling {
+            return if now >= deadline {
+                self.kill(now)
+            } else {
+                Vec::new()
+            };
+        }
+        if self.stopping {
+            return Vec::new();
+        }
+        match (self.state == SlotState::Suspect, self.overdue(now)) {
+            (false, true) => {
+                self.unsuspected = self.state;
+                self.enter(SlotState::Suspect, now);
             }
-            _ => now,
-        };
-        self.pulse = Some(Pulse {
-            progress: beat.progress,
-            phase: beat.phase,
-            moved,
+            (true, true) if now.since(self.since) >= self.rules.tick => return self.condemn(now),
+            (true, true) => {}
+            (was_suspect, false) => {
+                if was_suspect {
+                    self.enter(self.unsuspected, now);
+                }
+                if let Some(beat) = beat {
+                    self.judge(beat, now);
+                }
+            }
+        }
+        Vec::new()
+    }
+
+    /// Confirmed: it is looked at once more, and killed.
+    fn condemn(&mut self, now: MonoNanos) -> Vec<Action> {
+        self.enter(SlotState::Hung, now);
+        self.verdict = Some(match self.phase() {
+            Phase::Boot => Cause::BootTimeout,
+            phase => Cause::Hang(phase),
         });
+        let mut actions = vec![Action::Capture];
+        match self.rules.hang_signal {
+            Some(signal) => actions.push(Action::Signal(signal)),
+            None => actions.append(&mut self.kill(now)),
+        }
+        actions
+    }
+
+    fn kill(&mut self, now: MonoNanos) -> Vec<Action> {
+        self.enter(SlotState::Killed, now);
+        vec![Action::Kill]
     }
 
     /// What a living worker's beat makes of its slot.
@@ -348,7 +499,8 @@ impl Slot {
         }
         if self.state == Healthy {
             self.healthy_once = true;
-            self.cap.healthy(now);
+            self.on_trial = false;
+            self.cap.healthy(now, self.rules.stable);
         }
     }
 }
@@ -357,16 +509,15 @@ impl Slot {
 #[must_use]
 pub fn step(mut slot: Slot, event: Event, now: MonoNanos) -> (Slot, Vec<Action>) {
     use SlotState::{
-        Backoff, Backpressured, Dead, Failed, Healthy, Killed, Starting, Stopped, Unkillable,
+        Backoff, Backpressured, Dead, Failed, Healthy, Hung, Killed, Starting, Stopped, Suspect,
+        Unkillable,
     };
     let mut actions = Vec::new();
     match (slot.state, event) {
-        (Starting | Healthy | Backpressured, Event::Look(Some(beat))) => {
-            slot.feel(&beat, now);
-            if !slot.stopping {
-                slot.judge(&beat, now);
-            }
+        (Starting | Healthy | Backpressured | Suspect, Event::Look(beat)) => {
+            actions = slot.look(beat.as_ref(), now);
         }
+        (Hung, Event::Look(_)) if now.since(slot.since) >= HANG_GRACE => actions = slot.kill(now),
         (Killed, Event::Look(_)) if now.since(slot.since) >= slot.rules.reap_limit => {
             slot.enter(Unkillable, now);
             slot.note(Cause::Unkillable, now);
@@ -379,26 +530,50 @@ pub fn step(mut slot: Slot, event: Event, now: MonoNanos) -> (Slot, Vec<Action>)
         }
         (state, Event::Died { cause, jitter }) if lives(state) => {
             slot.enter(Dead, now);
+            let recycled = slot.recycling.take().is_some();
+            let cause = slot.verdict.take().unwrap_or(cause);
             let hopeless = cause == Cause::Exit(Exit::Config.code().into());
-            // What could not be killed was counted when it was given up.
-            if state != Unkillable {
-                slot.note(cause, now);
+            if recycled && !slot.stopping && state != Unkillable {
+                slot.on_trial = true;
+                actions = slot.start(now);
+            } else {
+                // What could not be killed was counted when it was given up.
+                if state != Unkillable {
+                    slot.note(cause, now);
+                }
+                actions = slot.bury(hopeless, jitter, now);
             }
-            actions = slot.bury(hopeless, jitter, now);
         }
         (state, Event::Stop) => {
             // Asked once: a worker takes the second TERM for an order to end at once.
-            let asked = std::mem::replace(&mut slot.stopping, true);
+            let asked = std::mem::replace(&mut slot.stopping, true) || slot.recycling.is_some();
+            // The deadline is that of all.
+            slot.recycling = None;
             match state {
-                Starting | Healthy | Backpressured if !asked => actions.push(Action::Terminate),
+                Starting | Healthy | Backpressured | Suspect | Hung if !asked => {
+                    actions.push(Action::Terminate);
+                }
                 Backoff | Failed => slot.enter(Stopped, now),
                 _ => {}
             }
         }
-        (Starting | Healthy | Backpressured, Event::Kill) => {
-            slot.enter(Killed, now);
-            actions.push(Action::Kill);
+        (Starting | Healthy | Backpressured | Suspect | Hung, Event::Kill) => {
+            actions = slot.kill(now);
         }
+        (state, Event::Anew) if lives(state) => slot.fresh = now,
+        (state, Event::Recycle) if !slot.stopping && slot.recycling.is_none() => match state {
+            Starting | Healthy | Backpressured | Suspect => {
+                slot.recycling = Some(now.after(slot.rules.drain));
+                actions.push(Action::Terminate);
+            }
+            Backoff | Failed => {
+                // The operator's word, as with a retry.
+                slot.cap.forget();
+                slot.on_trial = true;
+                actions = slot.start(now);
+            }
+            _ => {}
+        },
         (state, Event::Retry) if !slot.stopping => {
             slot.cap.forget();
             match state {

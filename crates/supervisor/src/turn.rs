@@ -1,4 +1,4 @@
-//! One turn after the other: wait, drain signals, reap, look, judge, act.
+//! One turn after the other: wait, drain signals, reap, look, judge, act, notify.
 //!
 //! In:     signals, the tick, ends of children: each a descriptor in one epoll.
 //! Out:    the fleet, told in that order; the exit code when it is at its end.
@@ -21,7 +21,7 @@ use nix::{
 };
 use shared::{exit::Exit, time::Clock};
 
-use crate::fleet::Fleet;
+use crate::{fleet::Fleet, notify::Notify};
 
 /// Signals that are read; all but CHLD are an operator's.
 const SIGNALS: [Signal; 6] = [
@@ -48,7 +48,7 @@ pub struct TurnError {
 pub enum Request {
     /// Drain (TERM, INT).
     Stop,
-    /// Read the configuration anew (HUP).
+    /// Take on what the configuration says now (HUP).
     Reload,
     /// Show the workers (USR1).
     Report,
@@ -68,11 +68,12 @@ pub struct Turn {
 ///
 /// # Errors
 /// [`TurnError`] when the kernel does not let it wait.
-pub(crate) fn run(turn: &Turn, fleet: &mut Fleet) -> Result<Exit, TurnError> {
+pub(crate) fn run(turn: &Turn, fleet: &mut Fleet, notify: &mut Notify) -> Result<Exit, TurnError> {
     turn.arm(Duration::ZERO)?;
     loop {
         let requests = turn.wait()?;
         let now = Clock::mono_now();
+        fleet.begin(now);
         for request in requests {
             fleet.hear(request, now);
         }
@@ -81,6 +82,7 @@ pub(crate) fn run(turn: &Turn, fleet: &mut Fleet) -> Result<Exit, TurnError> {
         if let Some(exit) = fleet.ended(now) {
             return Ok(exit);
         }
+        notify.turn(&fleet.health(), now);
         for pidfd in fleet.unwatched() {
             turn.watch(pidfd);
         }

@@ -41,6 +41,17 @@ pub enum Reason {
 
 const REASONS: usize = 4;
 
+impl Reason {
+    /// What a worker does that waits for it to end.
+    fn phase(self) -> Option<Phase> {
+        match self {
+            Self::Redis => Some(Phase::Redis),
+            Self::Kafka | Self::Delivery => Some(Phase::Kafka),
+            Self::Due => None,
+        }
+    }
+}
+
 /// The worker's slot, and its stop.
 #[derive(Debug)]
 pub struct Beat {
@@ -190,7 +201,10 @@ impl Beat {
         if now.since(since) >= SHOWN_AFTER {
             self.backpressure(reason, Some(since));
         }
+        let before = self.phase;
+        self.phase(reason.phase().unwrap_or(before));
         self.wait(wait);
+        self.phase(before);
         self.go_on()
     }
 

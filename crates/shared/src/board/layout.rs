@@ -12,7 +12,7 @@ use crate::time::MonoNanos;
 /// `spanbufB`.
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"spanbufB");
 /// Of the layout below.
-pub(super) const VERSION: u64 = 1;
+pub(super) const VERSION: u64 = 2;
 
 /// Bytes of a word.
 pub(super) const WORD: usize = 8;
@@ -30,6 +30,8 @@ pub(super) mod head {
     pub(in super::super) const SUPERVISOR_PID: usize = 5;
     pub(in super::super) const SUPERVISOR_START: usize = 6;
     pub(in super::super) const BUILD: usize = 7;
+    /// 1 while all workers drain; the supervisor writes it at each turn.
+    pub(in super::super) const DRAINING: usize = 8;
     pub(in super::super) const WORDS: usize = super::LINES;
 }
 
@@ -60,33 +62,53 @@ pub(super) mod slot {
     pub(in super::super) const STATE: usize = 1;
     /// Whether its worker has been healthy once: 1 or 0.
     pub(in super::super) const HEALTHY_ONCE: usize = 2;
+    /// Role and index: written with each state, as all that follows.
+    pub(in super::super) const DUTY: usize = 3;
+    /// The process id of its child; 0: there is none.
+    pub(in super::super) const CHILD: usize = 4;
+    /// When progress or phase was last seen to change; 0: not in this life.
+    pub(in super::super) const MOVED: usize = 5;
+    /// Signs of progress in ten seconds.
+    pub(in super::super) const RATE: usize = 6;
+    /// Failures that have not healed, and how many are allowed.
+    pub(in super::super) const FAILURES: usize = 7;
+    /// Failures since the supervisor started.
+    pub(in super::super) const LIFETIME: usize = 8;
+    /// The budget between two signs of progress, in milliseconds.
+    pub(in super::super) const HANG: usize = 9;
+    /// The process id of a debugger; 0: there is none.
+    pub(in super::super) const TRACER: usize = 10;
+    /// The last deaths, newest first; 0: none.
+    pub(in super::super) const DEATHS: usize = super::LINES;
+    pub(in super::super) const DEATHS_KEPT: usize = 8;
 
     /// From here on the worker writes; zeroed before a fork, all but the one kept.
-    pub(in super::super) const WORKER: usize = super::LINES;
-    pub(in super::super) const ECHO: usize = super::LINES;
-    pub(in super::super) const PID: usize = super::LINES + 1;
-    pub(in super::super) const HEALTHY_SINCE: usize = super::LINES + 2;
+    pub(in super::super) const WORKER: usize = 2 * super::LINES;
+    pub(in super::super) const ECHO: usize = WORKER;
+    pub(in super::super) const PID: usize = WORKER + 1;
+    pub(in super::super) const HEALTHY_SINCE: usize = WORKER + 2;
     /// Kept over a respawn: intake must not open because a worker died.
-    pub(in super::super) const BACKPRESSURE_SINCE: usize = super::LINES + 3;
-    pub(in super::super) const PROGRESS: usize = super::LINES + 4;
+    pub(in super::super) const BACKPRESSURE_SINCE: usize = WORKER + 3;
+    pub(in super::super) const PROGRESS: usize = WORKER + 4;
     /// A [`Phase`](super::Phase) and since when, in microseconds.
-    pub(in super::super) const PHASE: usize = super::LINES + 5;
-    pub(in super::super) const IN_FLIGHT: usize = super::LINES + 6;
-    pub(in super::super) const QUEUE_DEPTH: usize = super::LINES + 7;
-    pub(in super::super) const LONGEST_GAP: usize = super::LINES + 8;
+    pub(in super::super) const PHASE: usize = WORKER + 5;
+    pub(in super::super) const IN_FLIGHT: usize = WORKER + 6;
+    pub(in super::super) const QUEUE_DEPTH: usize = WORKER + 7;
+    pub(in super::super) const LONGEST_GAP: usize = WORKER + 8;
     /// The errno of an exec that failed, and the generation that left it.
-    pub(in super::super) const EXEC_ERRNO: usize = super::LINES + 9;
-    pub(in super::super) const WORDS: usize = 2 * super::LINES;
+    pub(in super::super) const EXEC_ERRNO: usize = WORKER + 9;
+    pub(in super::super) const WORDS: usize = 3 * super::LINES;
 }
 
-const _: () = assert!(head::BUILD < head::WORDS && head::WORDS.is_multiple_of(LINES));
+const _: () = assert!(head::DRAINING < head::WORDS && head::WORDS.is_multiple_of(LINES));
 const _: () = assert!(
     shard::REFUSED < shard::PRODUCED
         && shard::REPEATS < shard::WORDS
         && shard::WORDS.is_multiple_of(LINES)
 );
 const _: () = assert!(
-    slot::HEALTHY_ONCE < slot::WORKER
+    slot::TRACER < slot::DEATHS
+        && slot::DEATHS + slot::DEATHS_KEPT <= slot::WORKER
         && slot::EXEC_ERRNO < slot::WORDS
         && slot::WORDS.is_multiple_of(LINES)
 );
@@ -123,6 +145,10 @@ pub enum SlotState {
     Healthy,
     /// It works, and cannot keep up.
     Backpressured,
+    /// It has shown no progress for longer than its phase allows.
+    Suspect,
+    /// That was confirmed: it will be killed.
+    Hung,
     /// It was sent SIGKILL.
     Killed,
     /// It does not go.
@@ -145,10 +171,12 @@ const PHASES: [Phase; 6] = [
     Phase::Kafka,
     Phase::Drain,
 ];
-const STATES: [SlotState; 9] = [
+const STATES: [SlotState; 11] = [
     SlotState::Starting,
     SlotState::Healthy,
     SlotState::Backpressured,
+    SlotState::Suspect,
+    SlotState::Hung,
     SlotState::Killed,
     SlotState::Unkillable,
     SlotState::Dead,
@@ -173,6 +201,19 @@ fn unpacked<T: Copy>(word: u64, all: &[T]) -> Option<(T, MonoNanos)> {
 }
 
 impl Phase {
+    /// Its number, for words that hold more than a phase.
+    pub(super) fn code(self) -> u16 {
+        PHASES
+            .iter()
+            .position(|&phase| phase == self)
+            .and_then(|code| u16::try_from(code).ok())
+            .unwrap_or(0)
+    }
+
+    pub(super) fn of_code(code: u16) -> Option<Self> {
+        PHASES.get(usize::from(code)).copied()
+    }
+
     pub(super) fn pack(self, since: MonoNanos) -> u64 {
         packed(
             PHASES.iter().position(|&phase| phase == self).unwrap_or(0),
@@ -193,7 +234,6 @@ impl SlotState {
         )
     }
 
-    #[cfg(test)]
     pub(super) fn unpack(word: u64) -> Option<(Self, MonoNanos)> {
         unpacked(word, &STATES)
     }
@@ -218,6 +258,8 @@ impl fmt::Display for SlotState {
             Self::Starting => "starting",
             Self::Healthy => "healthy",
             Self::Backpressured => "backpressured",
+            Self::Suspect => "suspect",
+            Self::Hung => "hung",
             Self::Killed => "killed",
             Self::Unkillable => "unkillable",
             Self::Dead => "dead",

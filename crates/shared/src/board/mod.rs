@@ -9,12 +9,16 @@
 mod layout;
 mod map;
 mod owner;
+mod show;
+mod standing;
 mod views;
 
 pub use self::{
     layout::{Phase, SlotState},
     map::BoardError,
-    owner::BoardOwner,
+    owner::{BoardOwner, boards},
+    show::{Row, View},
+    standing::{Cause, Death, Standing},
     views::{
         Board, ClockWriter, Ledger, PublishedClock, SlotBeat, SupervisorCells, Totals, WorkerCells,
     },

@@ -188,6 +188,16 @@ pub(super) fn describe(words: &Words, bytes: usize, start: u64, shards: &ShardLi
 }
 
 /// Removes every board whose lock can be taken: its supervisor is dead. What may not be opened is another user's.
+/// The names of all boards there are, of the living and of the dead.
+#[must_use]
+pub fn boards() -> Vec<String> {
+    let entries = fs::read_dir(FOLDER).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut boards: Vec<String> = names.filter(|name| name.starts_with(PREFIX)).collect();
+    boards.sort();
+    boards
+}
+
 fn sweep() {
     let Ok(entries) = fs::read_dir(FOLDER) else {
         return;

@@ -300,7 +300,30 @@ impl Board {
         self.words.all().get(start..start + shard::WORDS)
     }
 
-    fn slot(&self, slot: u32) -> Option<&[AtomicU64]> {
+    /// Shows whether all workers drain.
+    pub fn show_draining(&self, draining: bool) {
+        self.words.all()[head::DRAINING].store(draining.into(), Relaxed);
+    }
+
+    /// Whether all workers drain.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.words.all()[head::DRAINING].load(Relaxed) == 1
+    }
+
+    /// The supervisor that made it.
+    #[must_use]
+    pub fn supervisor(&self) -> u32 {
+        u32::try_from(self.words.all()[head::SUPERVISOR_PID].load(Relaxed)).unwrap_or(0)
+    }
+
+    /// What the supervisor makes of a slot, and since when.
+    #[must_use]
+    pub fn state(&self, slot: u32) -> Option<(SlotState, MonoNanos)> {
+        SlotState::unpack(self.slot(slot)?[slot::STATE].load(Acquire))
+    }
+
+    pub(super) fn slot(&self, slot: u32) -> Option<&[AtomicU64]> {
         let index = usize::try_from(slot).ok().filter(|_| slot < self.slots)?;
         let start = head::WORDS + self.shards.len() * shard::WORDS + index * slot::WORDS;
         self.words.all().get(start..start + slot::WORDS)
@@ -380,12 +403,6 @@ impl SupervisorCells<'_> {
         self.store(slot::GENERATION, generation.into());
     }
 
-    /// Shows what the supervisor makes of the slot.
-    pub fn state(&self, state: SlotState, since: MonoNanos, healthy_once: bool) {
-        self.store(slot::STATE, state.pack(since));
-        self.store(slot::HEALTHY_ONCE, healthy_once.into());
-    }
-
     /// Leaves word that exec failed. The child calls it between fork and exec: it stores a word, and does nothing else.
     pub fn exec_failed(&self, errno: i32) {
         let Some([generation, errno_cell]) = self
@@ -400,7 +417,7 @@ impl SupervisorCells<'_> {
         errno_cell.store(generation.load(Relaxed) << 32 | errno, Release);
     }
 
-    fn store(&self, place: usize, value: u64) {
+    pub(super) fn store(&self, place: usize, value: u64) {
         if let Some(cell) = self.cells.get(place) {
             cell.store(value, Release);
         }
@@ -565,4 +582,4 @@ fn count(number: usize) -> u64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -183,6 +183,12 @@ pub const KEYS: &[Key] = &[
         "20ms",
         "how long a batch is collected after its first message",
     ),
+    // A respawn is over long before; spans that nobody flushes fill Redis.
+    key(
+        "intake.backpressure_seconds",
+        "10",
+        "a shard takes no more input when its flusher has been down for this many seconds",
+    ),
     key(
         "supervision.shards",
         "",
@@ -194,6 +200,27 @@ pub const KEYS: &[Key] = &[
         "flush workers at most; empty = one a shard",
     ),
     key("supervision.ingest_workers", "1", "ingest workers"),
+    key(
+        "supervision.boot",
+        "60s",
+        "how long a worker that starts may show no progress before it is killed",
+    ),
+    key(
+        "supervision.hang",
+        "60s",
+        "how long a worker at work may show no progress before it is killed",
+    ),
+    // Kafka is waited for, not judged: only a worker whose wait does not even end by itself is hung.
+    key(
+        "supervision.blocked",
+        "",
+        "the same while it waits for Kafka; empty = 300 s, or `flush.delivery_timeout` and 60 s if that is more",
+    ),
+    key(
+        "supervision.hang_signal",
+        "off",
+        "signal to a hung worker 5 s before it is killed, for a core or a trace: `off`, `ABRT`, `QUIT`, `SEGV`, `TRAP`",
+    ),
     key(
         "supervision.tick",
         "250ms",
@@ -212,7 +239,23 @@ pub const KEYS: &[Key] = &[
     key(
         "supervision.max_restarts",
         "10",
-        "failures of one worker that are answered by a restart; 300 s of health heal one",
+        "failures of one worker that are answered by a restart",
+    ),
+    // Longer than any backoff: a worker that dies again and again reaches its cap.
+    key(
+        "supervision.stable",
+        "300s",
+        "how long a worker has to be healthy for one of its failures to be forgotten",
+    ),
+    key(
+        "supervision.policy",
+        "escalate",
+        "when a worker has failed for good: `escalate` = drain all and end, `isolate` = the others go on",
+    ),
+    key(
+        "supervision.dump",
+        "",
+        "file that `USR1` writes the workers' state to as JSON; empty = off",
     ),
     key(
         "supervision.worker",

@@ -164,6 +164,8 @@ pub struct Intake {
     pub batch_bytes: u64,
     /// How long a batch is collected.
     pub batch_time: Duration,
+    /// How long a flusher may be down before its shards take no more input.
+    pub backpressure_seconds: Duration,
 }
 
 /// Section `supervision`.
@@ -175,6 +177,20 @@ pub struct Supervision {
     pub max_workers: u32,
     /// Ingest workers, as configured: more than shards are left out.
     pub ingest_workers: u32,
+    /// How long a worker may show no progress while it starts.
+    pub boot: Duration,
+    /// The same at work, and while it waits for Redis.
+    pub hang: Duration,
+    /// The same while it waits for Kafka.
+    pub blocked: Duration,
+    /// Sent to a hung worker before it is killed; none: it is killed at once.
+    pub hang_signal: Option<HangSignal>,
+    /// What follows when a worker has failed for good.
+    pub policy: Policy,
+    /// How long a worker is healthy until one of its failures is forgotten.
+    pub stable: Duration,
+    /// Where a report goes as JSON.
+    pub dump: Option<PathBuf>,
     /// How often the board is judged.
     pub tick: Duration,
     /// How long a killed worker, or the holder of the run directory, may take to go.
@@ -187,6 +203,28 @@ pub struct Supervision {
     pub worker: Option<PathBuf>,
     /// The directory of the lock.
     pub run_dir: PathBuf,
+}
+
+/// A signal that ends a worker and leaves something to look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum HangSignal {
+    /// SIGABRT.
+    Abrt,
+    /// SIGQUIT.
+    Quit,
+    /// SIGSEGV.
+    Segv,
+    /// SIGTRAP.
+    Trap,
+}
+
+/// What follows when a worker has failed for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Policy {
+    /// All drain, and the supervisor ends with the failure's code.
+    Escalate,
+    /// The others go on; the failed one stays Failed.
+    Isolate,
 }
 
 /// Section `log`.
@@ -246,12 +284,17 @@ impl Config {
         let supervision = values::supervision(&mut raw, &environment);
         let log = values::log(&mut raw);
         values::contradictions(&mut raw, &kafka, &redis, &buffer);
+        let supervision = values::budgets(&mut raw, supervision, &redis, &flush, &intake);
         let mut shown = raw.finish()?;
         for (key, value) in [
             ("redis.buckets", redis.buckets.to_string()),
             (
                 "supervision.max_workers",
                 supervision.max_workers.to_string(),
+            ),
+            (
+                "supervision.blocked",
+                format!("{}ms", supervision.blocked.as_millis()),
             ),
             (
                 "supervision.run_dir",

@@ -178,18 +178,10 @@ fn keys_of_later_work_are_refused() {
         "redis.tls",
         "flush.max_flush_segments_per_trace",
         "intake.drop",
-        "intake.backpressure_seconds",
         "intake.max_memory_percentage",
         "intake.relief_percentage",
         "intake.relief_after",
         "intake.dlq_ratio",
-        "supervision.boot",
-        "supervision.hang",
-        "supervision.blocked",
-        "supervision.hang_signal",
-        "supervision.policy",
-        "supervision.stable",
-        "supervision.dump",
         "http.listen",
         "http.statsd",
         "log.format",
@@ -234,6 +226,26 @@ fn values_that_contradict_are_refused() {
             "kafka.output_topics = [\"ingest-spans\"]",
             "kafka.output_topics: is kafka.input_topic",
         ),
+        (
+            "supervision.hang = \"12s\"",
+            "supervision.hang: 12s is shorter than 13 times redis.timeout=1s",
+        ),
+        (
+            "supervision.boot = \"2s\"\nredis.timeout = \"100ms\"",
+            "supervision.boot: 2s is shorter than 3 times an answer of kafka=2s: a worker that only waits would be killed (raise it)",
+        ),
+        (
+            "supervision.hang = \"2s\"\nredis.timeout = \"100ms\"",
+            "supervision.hang: 2s is shorter than 3 times a sleep of=1s",
+        ),
+        (
+            "supervision.hang = \"29s\"\nintake.batch_time = \"10s\"",
+            "supervision.hang: 29s is shorter than 3 times intake.batch_time=10s",
+        ),
+        (
+            "supervision.blocked = \"30s\"",
+            "supervision.blocked: 30s is not longer than flush.delivery_timeout=30s",
+        ),
     ];
     for (file, fault) in rows {
         let found = faults(file, &[]);
@@ -242,6 +254,26 @@ fn values_that_contradict_are_refused() {
             "{file}: {found:?}"
         );
     }
+}
+
+#[test]
+fn a_budget_that_is_not_set_follows_the_delivery_timeout() {
+    let blocked = |file: &str| load(Some(file), &[]).unwrap().supervision.blocked;
+    assert_eq!(blocked(""), Duration::from_secs(300));
+    assert_eq!(
+        blocked("flush.delivery_timeout = \"10m\""),
+        Duration::from_secs(660)
+    );
+    assert_eq!(
+        blocked("supervision.blocked = \"31s\""),
+        Duration::from_secs(31)
+    );
+    let config = load(
+        Some("supervision.hang = \"3s\"\nredis.timeout = \"200ms\"\nsupervision.hang_signal = \"ABRT\""),
+        &[],
+    )
+    .unwrap();
+    assert_eq!(config.supervision.hang_signal, Some(HangSignal::Abrt));
 }
 
 #[test]

@@ -9,7 +9,8 @@
 use std::{collections::BTreeMap, ffi::OsString, path::PathBuf, str::FromStr, time::Duration};
 
 use super::{
-    Buffer, Compression, Flush, Intake, Kafka, Log, MessageKey, OffsetReset, Redis, Supervision,
+    Buffer, Compression, Flush, HangSignal, Intake, Kafka, Log, MessageKey, OffsetReset, Policy,
+    Redis, Supervision,
     raw::{Raw, default_of},
 };
 use crate::shard::{SHARDS_MAX, ShardId, ShardList, SliceId};
@@ -24,6 +25,18 @@ const CLUSTER_BUCKETS: u32 = 16;
 const BUCKETS_MAX: u32 = 1_024;
 /// The largest size that is meant anywhere.
 const BYTES_MAX: u64 = 1 << 40;
+
+/// A worker sleeps no longer.
+const SLEEP_MAX: Duration = Duration::from_secs(1);
+/// A budget is at least so many of the longest legal gaps: a machine that is slow for a while kills nobody.
+const GAPS: u32 = 3;
+/// The longest wait for one answer of Kafka's.
+const ANSWER: (&str, Duration, u32) = ("an answer of kafka", Duration::from_secs(2), GAPS);
+/// A pipeline to Redis goes on for ten timeouts while replies come; a connection, a write and the last reply stand around it.
+const RUN_TIMEOUTS: u32 = 13;
+/// The default of `supervision.blocked`: the longer of this, and the delivery timeout and a minute.
+const BLOCKED_LEAST: Duration = Duration::from_secs(300);
+const BLOCKED_MORE: Duration = Duration::from_secs(60);
 
 /// Properties of librdkafka that a key of ours, or the way in which Spanbuf works, sets.
 const OURS: [(&str, &str); 20] = [
@@ -168,6 +181,12 @@ pub(super) fn intake(raw: &mut Raw) -> Intake {
             Duration::from_millis(1),
             Duration::from_secs(10),
         ),
+        backpressure_seconds: Duration::from_secs(number(
+            raw,
+            "intake.backpressure_seconds",
+            1,
+            86_400,
+        )),
     }
 }
 
@@ -182,6 +201,32 @@ pub(super) fn supervision(raw: &mut Raw, environment: &[(OsString, OsString)]) -
             number(raw, "supervision.max_workers", 1, workers_max)
         },
         ingest_workers: number(raw, "supervision.ingest_workers", 1, workers_max),
+        boot: duration(raw, "supervision.boot"),
+        hang: duration(raw, "supervision.hang"),
+        blocked: if raw.text("supervision.blocked").is_empty() {
+            // What it is then follows from another section.
+            Duration::ZERO
+        } else {
+            duration(raw, "supervision.blocked")
+        },
+        hang_signal: one_of(
+            raw,
+            "supervision.hang_signal",
+            &[
+                ("off", None),
+                ("ABRT", Some(HangSignal::Abrt)),
+                ("QUIT", Some(HangSignal::Quit)),
+                ("SEGV", Some(HangSignal::Segv)),
+                ("TRAP", Some(HangSignal::Trap)),
+            ],
+        ),
+        policy: one_of(
+            raw,
+            "supervision.policy",
+            &[("escalate", Policy::Escalate), ("isolate", Policy::Isolate)],
+        ),
+        stable: duration(raw, "supervision.stable"),
+        dump: optional(raw, "supervision.dump").map(PathBuf::from),
         tick: duration_within(
             raw,
             "supervision.tick",
@@ -210,6 +255,52 @@ pub(super) fn log(raw: &mut Raw) -> Log {
     Log {
         level: one_of(raw, "log.level", &levels),
     }
+}
+
+/// The budgets of the phases against the longest time that a worker may legally show no progress in them.
+pub(super) fn budgets(
+    raw: &mut Raw,
+    mut supervision: Supervision,
+    redis: &Redis,
+    flush: &Flush,
+    intake: &Intake,
+) -> Supervision {
+    if supervision.blocked.is_zero() {
+        supervision.blocked = BLOCKED_LEAST.max(flush.delivery_timeout + BLOCKED_MORE);
+    }
+    let gaps = [
+        ("a sleep of", SLEEP_MAX, GAPS),
+        ("redis.timeout", redis.timeout, GAPS),
+        ("redis.timeout", redis.timeout, RUN_TIMEOUTS),
+        ("intake.batch_time", intake.batch_time, GAPS),
+    ];
+    for (path, budget) in [
+        ("supervision.boot", supervision.boot),
+        ("supervision.hang", supervision.hang),
+    ] {
+        // At work, Kafka's answers are waited for in a phase of their own.
+        let answer = (path == "supervision.boot").then_some(ANSWER);
+        let longest = gaps
+            .iter()
+            .chain(&answer)
+            .max_by_key(|(_, gap, times)| *gap * *times);
+        if let Some((what, gap, times)) = longest.filter(|(_, gap, times)| budget < *gap * *times) {
+            raw.fault(
+                path,
+                format!("{budget:?} is shorter than {times} times {what}={gap:?}: a worker that only waits would be killed (raise it)"),
+            );
+        }
+    }
+    if supervision.blocked <= flush.delivery_timeout {
+        raw.fault(
+            "supervision.blocked",
+            format!(
+                "{:?} is not longer than flush.delivery_timeout={:?}: a worker that waits for Kafka would be killed (raise it)",
+                supervision.blocked, flush.delivery_timeout
+            ),
+        );
+    }
+    supervision
 }
 
 /// Values that are legal alone and not together.

@@ -57,12 +57,13 @@ impl fmt::Display for Identity {
     }
 }
 
-/// Sends all records from `level` on to standard error. Only the first call of a process counts.
+/// Sends all records from `level` on to standard error. Only the first identity of a process counts.
 pub fn start(level: LevelFilter, identity: &Identity) {
     let identity = identity.to_string();
     let mut builder = Builder::new();
     builder
-        .filter_level(level)
+        // All of them: which are printed is a switch that can be turned while the process runs.
+        .filter_level(LevelFilter::Trace)
         .target(Target::Pipe(Box::new(Records::default())));
     builder.format(move |out, record| {
         let time = out.timestamp_micros();
@@ -77,6 +78,12 @@ pub fn start(level: LevelFilter, identity: &Identity) {
     });
     // A second call finds the first one's logger in place, which is as good.
     drop(builder.try_init());
+    self::level(level);
+}
+
+/// Prints records from another level on.
+pub fn level(level: LevelFilter) {
+    log::set_max_level(level);
 }
 
 /// Writes a line that an operator asked for: whatever the level, without time and identity, and as a record is written otherwise.

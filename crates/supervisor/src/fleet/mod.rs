@@ -7,7 +7,7 @@
 //! Source: docs/supervision.md 1, 3; docs/spec.md 7.1.
 
 use std::{
-    fmt,
+    collections::BTreeMap,
     hash::{BuildHasher, RandomState},
     mem,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
@@ -18,30 +18,45 @@ use std::{
 use log::{error, info, warn};
 use nix::errno::Errno;
 use shared::{
-    board::{BoardOwner, SlotBeat, SlotState},
+    board::{BoardOwner, Cause, SlotState},
     config::{Config, Supervision},
     exit::Exit,
     launch::{Launch, Role},
     shard::ShardList,
-    time::MonoNanos,
+    time::{Clock, MonoNanos},
 };
 
 use crate::{
     cap::Jitter,
     fleet::{
         lock::Lock,
-        spawn::{Birth, Child, NOT_EXECUTED, Spawner},
+        oom::Memory,
+        post::Post,
+        recycle::{Rolling, Source},
+        spawn::{Birth, NOT_EXECUTED, Spawner},
         stop::Drain,
     },
+    notify::Health,
     report,
-    slot::{Action, Cause, Event, Rules, Slot, lives, step},
+    slot::{Action, Event, Rules, Slot, lives, step},
     turn::Request,
 };
 
+pub(crate) mod capture;
 pub(crate) mod lock;
+pub(crate) mod oom;
+pub(crate) mod post;
 pub(crate) mod reap;
+pub(crate) mod recycle;
 pub(crate) mod spawn;
 pub(crate) mod stop;
+
+/// What stopping may take beside draining: killing, reaping, and a machine that is slow.
+const STOPPING_MORE: Duration = Duration::from_secs(5);
+/// SIGKILL, as a status has it.
+const KILL: i32 = nix::libc::SIGKILL;
+/// A turn that is later than this has stood still, and says nothing of the workers.
+const STALL: Duration = Duration::from_secs(2);
 
 /// What one worker is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,19 +67,6 @@ pub(crate) struct Duty {
     pub(crate) shards: ShardList,
 }
 
-/// One slot with its process.
-#[derive(Debug)]
-pub(crate) struct Post {
-    /// Its number on the board.
-    pub(crate) number: u32,
-    pub(crate) duty: Duty,
-    pub(crate) slot: Slot,
-    pub(crate) child: Option<Child>,
-    /// What the board showed in this turn.
-    pub(crate) beat: Option<SlotBeat>,
-    watched: bool,
-}
-
 /// All of them.
 #[derive(Debug)]
 pub(crate) struct Fleet {
@@ -73,8 +75,13 @@ pub(crate) struct Fleet {
     config: Config,
     flush_workers: u32,
     spawner: Spawner,
+    source: Source,
+    rolling: Option<Rolling>,
+    memory: Memory,
     board: BoardOwner,
     lock: Lock,
+    /// When the next turn was to begin at the latest.
+    expected: Option<MonoNanos>,
 }
 
 /// Who does what: the flush workers take the first slots, ingest workers follow.
@@ -103,28 +110,16 @@ impl Fleet {
         config: Config,
         duties: Vec<Duty>,
         spawner: Spawner,
+        source: Source,
         board: BoardOwner,
         lock: Lock,
         now: MonoNanos,
     ) -> Self {
-        let Supervision {
-            tick,
-            reap_limit,
-            max_restarts,
-            ..
-        } = config.supervision;
-        let slot = Slot::new(
-            Rules {
-                tick,
-                reap_limit,
-                max_restarts,
-            },
-            now,
-        );
+        let slot = Slot::new(Rules::new(&config.supervision), now);
         let flush_workers = count(&duties, Role::Flush);
         let posts = (0..)
             .zip(duties)
-            .map(|(number, duty)| Post::new(number, duty, slot.clone(), None))
+            .map(|(number, duty)| Post::new(number, duty, slot.clone()))
             .collect();
         Self {
             posts,
@@ -132,8 +127,23 @@ impl Fleet {
             config,
             flush_workers,
             spawner,
+            source,
+            rolling: None,
+            memory: Memory::of_this_process(),
             board,
             lock,
+            expected: None,
+        }
+    }
+
+    /// Begins a turn. One that is late, because the supervisor or its machine stood still, says nothing of the workers.
+    pub(crate) fn begin(&mut self, now: MonoNanos) {
+        let late = self
+            .expected
+            .map_or(Duration::ZERO, |expected| now.since(expected));
+        if late > STALL {
+            warn!("a turn is late by={}ms, ages start anew", late.as_millis());
+            self.apply_to_all(&Event::Anew, now);
         }
     }
 
@@ -143,11 +153,12 @@ impl Fleet {
             Request::Stop => self.stop(now),
             Request::Report => {
                 self.look(now);
-                report::print(&self.posts, self.board.board(), self.drain.is_some(), now);
+                self.posts.iter_mut().for_each(Post::trace);
+                self.show();
+                let view = self.board.board().view(now, Clock::wall_now());
+                report::print(&view, self.config.supervision.dump.as_deref());
             }
-            Request::Reload => info!(
-                "the configuration is read at start only (restart the supervisor to change it)"
-            ),
+            Request::Reload => self.reload(),
             Request::Retry if self.drain.is_some() => {
                 info!("all workers are draining: failures are not forgotten")
             }
@@ -163,16 +174,18 @@ impl Fleet {
         for place in 0..self.posts.len() {
             let ended = self.posts[place].child.as_ref().and_then(reap::reap);
             if let Some(cause) = ended {
-                let cause = self.with_errno(place, cause);
-                self.apply(
-                    place,
-                    Event::Died {
-                        cause,
-                        jitter: jitter(),
-                    },
-                    now,
-                );
-                self.posts[place].child = None;
+                let cause = self.explain(place, cause);
+                let died = Event::Died {
+                    cause,
+                    jitter: jitter(),
+                };
+                let reaped = self.posts[place].child.as_ref().map(|child| child.pid);
+                self.apply(place, died, now);
+                // A successor may be there already.
+                let child = &mut self.posts[place].child;
+                if child.as_ref().map(|child| child.pid) == reaped {
+                    *child = None;
+                }
             }
         }
         let known: Vec<_> = self
@@ -190,16 +203,36 @@ impl Fleet {
         }
         self.look(now);
         for place in 0..self.posts.len() {
+            self.excuse(place, now);
             let look = Event::Look(self.posts[place].beat.clone());
             self.apply(place, look, now);
         }
-        for Post { number, slot, .. } in &self.posts {
-            self.board.board().supervise(*number).state(
-                slot.state(),
-                slot.since(),
-                slot.healthy_once(),
-            );
+        self.roll(now);
+        self.show();
+    }
+
+    /// Somebody looks at the process with a debugger: it is said, and not judged.
+    fn excuse(&mut self, place: usize, now: MonoNanos) {
+        let post = &mut self.posts[place];
+        let overdue = post.slot.overdue(now);
+        // Asked for only where it matters: it is a file to read for each worker.
+        if overdue || post.tracer.is_some() {
+            post.trace();
         }
+        if let Some(tracer) = post.tracer.filter(|_| overdue) {
+            warn!("is held by a debugger, not judged {post} tracer={tracer}");
+            self.apply(place, Event::Anew, now);
+        }
+    }
+
+    /// Shows on the board how all slots stand.
+    fn show(&self) {
+        let board = self.board.board();
+        for post in &self.posts {
+            let standing = post.standing(self.config.supervision.hang);
+            board.supervise(post.number).show(&standing);
+        }
+        board.show_draining(self.drain.is_some());
     }
 
     /// The exit code, once draining is at its end.
@@ -232,14 +265,43 @@ impl Fleet {
         Some(drain.exit())
     }
 
+    /// What the service manager is told.
+    pub(crate) fn health(&self) -> Health {
+        let mut states = BTreeMap::new();
+        for post in &self.posts {
+            *states.entry(post.slot.state()).or_insert(0_u32) += 1;
+        }
+        let states = states
+            .iter()
+            .map(|(state, count)| format!(" {state}={count}"));
+        let mode = if self.drain.is_some() {
+            "draining"
+        } else {
+            "running"
+        };
+        Health {
+            ready: self.posts.iter().all(|post| post.slot.healthy_once()),
+            stopping: self
+                .drain
+                .as_ref()
+                .map(|_| self.config.supervision.drain + STOPPING_MORE),
+            status: format!(
+                "{mode} workers={}{}",
+                self.posts.len(),
+                states.collect::<String>()
+            ),
+        }
+    }
+
     /// How long the next turn may be away: a tick, or less where a deadline comes before it.
-    pub(crate) fn rest(&self, now: MonoNanos) -> Duration {
+    pub(crate) fn rest(&mut self, now: MonoNanos) -> Duration {
         let slots = self.posts.iter().filter_map(|post| post.slot.due());
         let dues = slots.chain(self.drain.as_ref().map(Drain::due));
         let first = dues.map(|due| due.since(now)).min();
-        first.map_or(self.config.supervision.tick, |first| {
-            first.min(self.config.supervision.tick)
-        })
+        let tick = self.config.supervision.tick;
+        let rest = first.map_or(tick, |first| first.min(tick));
+        self.expected = Some(now.after(rest));
+        rest
     }
 
     /// Handles that no turn waits on yet.
@@ -258,6 +320,7 @@ impl Fleet {
                 .board()
                 .beat(post.number, post.slot.generation(), now);
             post.beat = beat.filter(|_| lives(post.slot.state()));
+            post.pace(now);
         }
     }
 
@@ -276,6 +339,7 @@ impl Fleet {
                     self.config.supervision.drain.as_millis()
                 );
                 self.drain = Some(Drain::asked(now, self.config.supervision.drain));
+                self.rolling = None;
                 self.apply_to_all(&Event::Stop, now);
             }
         }
@@ -288,6 +352,7 @@ impl Fleet {
                 exit.code()
             );
             self.drain = Some(Drain::escalated(exit, now, self.config.supervision.drain));
+            self.rolling = None;
             self.apply_to_all(&Event::Stop, now);
         }
     }
@@ -319,10 +384,16 @@ impl Fleet {
             let (slot, actions) = step(post.slot.clone(), event, now);
             let before = mem::replace(&mut post.slot, slot);
             post.tell(&before);
+
             for action in actions {
                 match action {
                     Action::Start(generation) => next = self.start(place, generation).err(),
                     Action::Terminate => self.posts[place].child.iter().for_each(stop::terminate),
+                    Action::Capture => self.posts[place].capture(now),
+                    Action::Signal(signal) => {
+                        let children = self.posts[place].child.iter();
+                        children.for_each(|child| stop::hang_signal(child, signal));
+                    }
                     Action::Kill => self.posts[place].child.iter().for_each(stop::kill),
                     Action::Escalate(exit) => self.escalate(exit, now),
                 }
@@ -334,7 +405,7 @@ impl Fleet {
     fn start(&mut self, place: usize, generation: u32) -> Result<(), Event> {
         let post = &mut self.posts[place];
         let failed = |errno: Errno| Event::ForkFailed {
-            cause: Cause::Fork(format!("{errno:?}")),
+            cause: Cause::Fork(errno as i32),
             jitter: jitter(),
         };
         let launch = launch(
@@ -370,88 +441,18 @@ impl Fleet {
         Ok(())
     }
 
-    /// A child that could not execute has left the reason in its slot.
-    fn with_errno(&self, place: usize, cause: Cause) -> Cause {
+    /// What a status alone does not say: why it could not execute, or that the kernel killed it for memory.
+    fn explain(&mut self, place: usize, cause: Cause) -> Cause {
         let Post { number, slot, .. } = &self.posts[place];
-        let errno = self
-            .board
-            .board()
-            .exec_errno(*number, slot.generation())
-            .filter(|_| cause == Cause::Exit(NOT_EXECUTED));
-        errno.map_or(cause, |errno| {
-            Cause::Exec(format!("{:?}", Errno::from_raw(errno)))
-        })
-    }
-}
-
-impl Post {
-    pub(crate) fn new(number: u32, duty: Duty, slot: Slot, beat: Option<SlotBeat>) -> Self {
-        Self {
-            number,
-            duty,
-            slot,
-            child: None,
-            beat,
-            watched: false,
-        }
-    }
-
-    /// Says what has changed.
-    fn tell(&self, before: &Slot) {
-        let (from, to) = (before.state(), self.slot.state());
-        if from == to {
-            return;
-        }
-        let restarts = format!(
-            "{}/{}",
-            self.slot.cap().failures(),
-            self.slot.max_restarts()
-        );
-        let cause = self
-            .slot
-            .deaths()
-            .last()
-            .map_or_else(String::new, |death| death.cause.to_string());
-        match to {
-            // It is said with its process.
-            SlotState::Starting => {}
-            SlotState::Stopped if lives(from) => info!("stopped {self} cause={cause}"),
-            SlotState::Killed => warn!("killed {self}"),
-            SlotState::Failed => error!("failed for good {self} cause={cause} restarts={restarts}"),
-            SlotState::Backoff => warn!(
-                "died {self} cause={cause} restarts={restarts} wait={}ms",
-                self.slot.wait().as_millis()
-            ),
-            SlotState::Unkillable => {
-                error!("does not end after KILL {self} (its shards stay closed)")
+        let state = slot.state();
+        match cause {
+            Cause::Exit(NOT_EXECUTED) => {
+                let errno = self.board.board().exec_errno(*number, slot.generation());
+                errno.map_or(cause, Cause::Exec)
             }
-            _ => info!("changed {self} from={from} to={to}"),
+            Cause::Signal(KILL) if state != SlotState::Killed && self.memory.grew() => Cause::Oom,
+            cause => cause,
         }
-    }
-}
-
-impl fmt::Display for Post {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            number,
-            duty:
-                Duty {
-                    role,
-                    index,
-                    shards,
-                },
-            slot,
-            child,
-            ..
-        } = self;
-        write!(
-            f,
-            "slot={number} role={role} index={index} shards={shards} generation={}",
-            slot.generation()
-        )?;
-        child
-            .as_ref()
-            .map_or(Ok(()), |child| write!(f, " pid={}", child.pid))
     }
 }
 

@@ -10,13 +10,12 @@
 use std::os::fd::AsFd;
 
 use log::{debug, warn};
-use nix::{errno::Errno, libc, sys::signal::Signal, unistd::Pid};
+use nix::{errno::Errno, unistd::Pid};
 use rustix::process::{PidfdFlags, WaitId, WaitIdOptions, WaitIdStatus, pidfd_open, waitid};
 
-use crate::{
-    fleet::spawn::{self, Child},
-    slot::Cause,
-};
+use shared::board::Cause;
+
+use crate::fleet::spawn::{self, Child};
 
 /// Strangers of one turn at most: the next one comes soon.
 const STRANGERS_MAX: usize = 64;
@@ -49,7 +48,7 @@ pub(crate) fn reap(child: &Child) -> Option<Cause> {
         Err(error) if spawn::errno(error) == Errno::ECHILD => {
             // Nobody else may reap, and SIGCHLD is not ignored; should it ever be, the slot must not wait for ever.
             warn!("status of worker is lost pid={}", child.pid);
-            Some(Cause::Signal("LOST".into()))
+            Some(Cause::Lost)
         }
         Err(error) => {
             warn!("reap worker pid={}: {error}", child.pid);
@@ -80,36 +79,8 @@ pub(crate) fn reap_strangers(known: &[Pid]) {
 fn cause(status: &WaitIdStatus) -> Cause {
     match (status.exit_status(), status.terminating_signal()) {
         (Some(code), _) => Cause::Exit(code),
-        (None, Some(signal)) => Cause::Signal(signal_name(signal)),
+        (None, Some(signal)) => Cause::Signal(signal),
         // Only ends are waited for.
-        (None, None) => Cause::Signal("LOST".into()),
-    }
-}
-
-/// `KILL`, `RTMIN+3`, or the number of a signal without a name.
-fn signal_name(signal: i32) -> String {
-    match Signal::try_from(signal) {
-        Ok(named) => named.as_str().trim_start_matches("SIG").to_owned(),
-        Err(_) if signal >= libc::SIGRTMIN() && signal <= libc::SIGRTMAX() => {
-            format!("RTMIN+{}", signal - libc::SIGRTMIN())
-        }
-        Err(_) => signal.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn signals_have_names() {
-        assert_eq!(signal_name(libc::SIGKILL), "KILL");
-        assert_eq!(signal_name(libc::SIGSEGV), "SEGV");
-        assert_eq!(signal_name(libc::SIGRTMIN() + 3), "RTMIN+3");
-        assert_eq!(
-            signal_name(libc::SIGRTMAX()),
-            format!("RTMIN+{}", libc::SIGRTMAX() - libc::SIGRTMIN())
-        );
-        assert_eq!(signal_name(33), "33");
+        (None, None) => Cause::Lost,
     }
 }

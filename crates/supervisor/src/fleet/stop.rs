@@ -10,7 +10,7 @@ use std::{os::fd::AsFd, time::Duration};
 
 use log::error;
 use rustix::process::{Signal, pidfd_send_signal};
-use shared::{exit::Exit, time::MonoNanos};
+use shared::{config::HangSignal, exit::Exit, time::MonoNanos};
 
 use crate::fleet::spawn::{Child, errno};
 
@@ -25,6 +25,19 @@ pub(crate) fn terminate(child: &Child) {
 /// Ends a worker.
 pub(crate) fn kill(child: &Child) {
     send(child, Signal::KILL);
+}
+
+/// Sends a hung worker what makes it leave a core or a trace.
+pub(crate) fn hang_signal(child: &Child, signal: HangSignal) {
+    send(
+        child,
+        match signal {
+            HangSignal::Abrt => Signal::ABORT,
+            HangSignal::Quit => Signal::QUIT,
+            HangSignal::Segv => Signal::SEGV,
+            HangSignal::Trap => Signal::TRAP,
+        },
+    );
 }
 
 fn send(child: &Child, signal: Signal) {

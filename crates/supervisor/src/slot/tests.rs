@@ -1,13 +1,18 @@
 //! Tests of the state machine: by table, and at random.
 
-use proptest::prelude::*;
-
 use super::*;
 
 const RULES: Rules = Rules {
     tick: Duration::from_millis(250),
     reap_limit: Duration::from_secs(10),
+    drain: Duration::from_secs(25),
+    boot: Duration::from_secs(60),
+    hang: Duration::from_secs(60),
+    blocked: Duration::from_secs(300),
+    stable: Duration::from_secs(300),
     max_restarts: 10,
+    hang_signal: None,
+    policy: Policy::Escalate,
 };
 
 fn at(millis: u64) -> MonoNanos {
@@ -61,11 +66,11 @@ type Row = (&'static str, Vec<(u64, Event)>, SlotState, Vec<Action>);
 #[test]
 fn events_lead_where_the_table_says() {
     use SlotState::{
-        Backoff, Backpressured, Failed, Healthy, Killed, Starting, Stopped, Unkillable,
+        Backoff, Backpressured, Failed, Healthy, Killed, Starting, Stopped, Suspect, Unkillable,
     };
     let idle = || look(beat(Phase::Idle, 1));
     let fork_failed = || Event::ForkFailed {
-        cause: Cause::Fork("EAGAIN".into()),
+        cause: Cause::Fork(11),
         jitter: Jitter::default(),
     };
     let rows: Vec<Row> = vec![
@@ -281,6 +286,168 @@ fn events_lead_where_the_table_says() {
             Stopped,
             vec![],
         ),
+        (
+            "silent for its budget",
+            vec![(1, idle()), (60_000, idle()), (60_001, idle())],
+            Suspect,
+            vec![],
+        ),
+        (
+            "suspect, and looked at again too soon",
+            vec![(1, idle()), (60_001, idle()), (60_250, idle())],
+            Suspect,
+            vec![],
+        ),
+        (
+            "hung",
+            vec![(1, idle()), (60_001, idle()), (60_251, idle())],
+            Killed,
+            vec![Action::Capture, Action::Kill],
+        ),
+        (
+            "it moved in time",
+            vec![
+                (1, idle()),
+                (60_001, idle()),
+                (60_251, look(beat(Phase::Idle, 2))),
+            ],
+            Healthy,
+            vec![],
+        ),
+        (
+            "another phase is a sign of life",
+            vec![(1, idle()), (60_001, look(beat(Phase::Redis, 1)))],
+            Healthy,
+            vec![],
+        ),
+        (
+            "kafka has a budget of its own",
+            vec![
+                (1, look(beat(Phase::Kafka, 1))),
+                (300_000, look(beat(Phase::Kafka, 1))),
+            ],
+            Backpressured,
+            vec![],
+        ),
+        (
+            "and an end",
+            vec![
+                (1, look(beat(Phase::Kafka, 1))),
+                (300_001, look(beat(Phase::Kafka, 1))),
+            ],
+            Suspect,
+            vec![],
+        ),
+        (
+            "backpressure excuses nothing and condemns nobody",
+            vec![
+                (1, look(pressed(Phase::Work))),
+                (59_999, look(pressed(Phase::Work))),
+            ],
+            Backpressured,
+            vec![],
+        ),
+        (
+            "no beat at all",
+            vec![(60_000, Event::Look(None)), (60_250, Event::Look(None))],
+            Killed,
+            vec![Action::Capture, Action::Kill],
+        ),
+        (
+            "suspect in boot, and back",
+            vec![
+                (60_000, Event::Look(None)),
+                (60_250, look(beat(Phase::Boot, 1))),
+            ],
+            Starting,
+            vec![],
+        ),
+        (
+            "ages start anew",
+            vec![
+                (1, idle()),
+                (60_001, idle()),
+                (60_100, Event::Anew),
+                (60_251, idle()),
+            ],
+            Healthy,
+            vec![],
+        ),
+        (
+            "not judged while draining",
+            vec![(1, idle()), (2, Event::Stop), (90_000, idle())],
+            Healthy,
+            vec![],
+        ),
+        (
+            "recycled",
+            vec![(1, idle()), (2, Event::Recycle), (3, idle())],
+            Healthy,
+            vec![],
+        ),
+        (
+            "recycled, deaf to TERM",
+            vec![(1, idle()), (2, Event::Recycle), (25_002, idle())],
+            Killed,
+            vec![Action::Kill],
+        ),
+        (
+            "recycled and ended",
+            vec![(1, idle()), (2, Event::Recycle), (3, died(0))],
+            Starting,
+            vec![Action::Start(2)],
+        ),
+        (
+            "recycled, killed and ended",
+            vec![
+                (1, idle()),
+                (2, Event::Recycle),
+                (25_002, idle()),
+                (25_003, died(1)),
+            ],
+            Starting,
+            vec![Action::Start(2)],
+        ),
+        (
+            "recycled on a new record that is refused",
+            vec![
+                (1, idle()),
+                (2, Event::Recycle),
+                (3, died(0)),
+                (4, died(78)),
+            ],
+            Failed,
+            vec![],
+        ),
+        (
+            "refused later on",
+            vec![
+                (1, idle()),
+                (2, Event::Recycle),
+                (3, died(0)),
+                (4, idle()),
+                (5, died(78)),
+            ],
+            Failed,
+            vec![Action::Escalate(Exit::Config)],
+        ),
+        (
+            "stopped while recycled",
+            vec![
+                (1, idle()),
+                (2, Event::Recycle),
+                (3, Event::Stop),
+                (4, died(0)),
+            ],
+            Stopped,
+            vec![],
+        ),
+        (
+            "a failed one is recycled at once",
+            vec![(1, died(78)), (2, Event::Recycle)],
+            Starting,
+            vec![Action::Start(2)],
+        ),
     ];
     for (what, events, state, actions) in rows {
         let (slot, last) = run(&events);
@@ -356,106 +523,231 @@ fn the_age_of_a_beat_begins_when_it_was_last_seen_to_change() {
 }
 
 #[test]
-fn causes_are_named() {
-    let causes = [
-        (Cause::Exit(0), "exit_0"),
-        (Cause::Signal("RTMIN+3".into()), "signal_RTMIN+3"),
-        (Cause::Exec("ENOENT".into()), "exec_ENOENT"),
-        (Cause::Fork("EAGAIN".into()), "fork_EAGAIN"),
-        (Cause::Unkillable, "unkillable"),
+fn a_hung_worker_has_five_seconds_for_its_core() {
+    let rules = Rules {
+        hang_signal: Some(HangSignal::Abrt),
+        ..RULES
+    };
+    let events = [
+        (0, Event::Look(None)),
+        (1, look(beat(Phase::Work, 1))),
+        (60_001, look(beat(Phase::Work, 1))),
+        (60_251, look(beat(Phase::Work, 1))),
     ];
-    for (cause, name) in causes {
-        assert_eq!(cause.to_string(), name);
+    let (slot, actions) = events.iter().fold(
+        (Slot::new(rules, at(0)), Vec::new()),
+        |(slot, _), (millis, event)| step(slot, event.clone(), at(*millis)),
+    );
+    assert_eq!(
+        (slot.state(), actions),
+        (
+            SlotState::Hung,
+            vec![Action::Capture, Action::Signal(HangSignal::Abrt)]
+        )
+    );
+    assert_eq!(slot.due(), Some(at(65_251)));
+    let (killed, actions) = step(slot.clone(), Event::Look(None), at(65_251));
+    assert_eq!(
+        (killed.state(), actions),
+        (SlotState::Killed, vec![Action::Kill])
+    );
+    // It ended by the signal: it is the hang that is counted, once.
+    let (slot, _) = step(slot, died(134), at(60_300));
+    assert_eq!(
+        (slot.state(), slot.cap().failures()),
+        (SlotState::Backoff, 1)
+    );
+    assert_eq!(
+        slot.deaths().last().map(|death| death.cause),
+        Some(Cause::Hang(Phase::Work))
+    );
+}
+
+#[test]
+fn a_recycle_is_no_failure_and_isolation_drains_nobody() {
+    let (slot, _) = run(&[
+        (1, look(beat(Phase::Idle, 1))),
+        (2, Event::Recycle),
+        (3, died(0)),
+    ]);
+    assert_eq!((slot.cap().lifetime(), slot.deaths().len()), (0, 0));
+    assert!(slot.on_trial() && !slot.recycling());
+    let isolated = Rules {
+        policy: Policy::Isolate,
+        ..RULES
+    };
+    let (slot, _) = step(Slot::new(isolated, at(0)), Event::Look(None), at(0));
+    let (slot, actions) = step(slot, died(78), at(1));
+    assert_eq!((slot.state(), actions), (SlotState::Failed, vec![]));
+}
+
+/// xorshift: a million sequences are too many for a generator that shrinks.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+
+    fn event(&mut self) -> Event {
+        const PHASES: [Phase; 6] = [
+            Phase::Boot,
+            Phase::Idle,
+            Phase::Work,
+            Phase::Redis,
+            Phase::Kafka,
+            Phase::Drain,
+        ];
+        let jitter = Jitter::new(self.0);
+        match self.below(100) {
+            0..20 => Event::Look(None),
+            20..60 => {
+                let phase = PHASES[usize::try_from(self.below(6)).unwrap()];
+                let mut beat = beat(phase, self.below(2));
+                beat.healthy_since = (self.below(2) == 0).then_some(at(1));
+                beat.backpressure_since = (self.below(3) == 0).then_some(at(1));
+                look(beat)
+            }
+            60..65 => Event::ForkFailed {
+                cause: Cause::Fork(11),
+                jitter,
+            },
+            65..85 => Event::Died {
+                cause: match self.below(40) {
+                    0 => Cause::Exit(78),
+                    1..20 => Cause::Exit(1),
+                    _ => Cause::Signal(9),
+                },
+                jitter,
+            },
+            85..86 => Event::Stop,
+            86..88 => Event::Kill,
+            88..91 => Event::Anew,
+            91..96 => Event::Recycle,
+            _ => Event::Retry,
+        }
     }
 }
 
-fn phases() -> impl Strategy<Value = Phase> {
-    prop_oneof![
-        Just(Phase::Boot),
-        Just(Phase::Idle),
-        Just(Phase::Work),
-        Just(Phase::Redis),
-        Just(Phase::Kafka),
-        Just(Phase::Drain)
-    ]
+/// Whether a step may lead from one state to the other: some states are passed through within one.
+fn leads(before: SlotState, after: SlotState) -> bool {
+    use SlotState::{Dead, Hung, Killed, Starting, Suspect};
+    before == after
+        || allowed(before, after)
+        || (allowed(before, Dead) && (allowed(Dead, after) || after == Starting))
+        || (before == Suspect && allowed(Suspect, Hung) && after == Killed)
 }
 
-fn causes() -> impl Strategy<Value = Cause> {
-    // 78 is rare: it ends a run of events early.
-    prop_oneof![20 => (0..78).prop_map(Cause::Exit), 20 => Just(Cause::Signal("KILL".into())), 1 => Just(Cause::Exit(78))]
-}
-
-fn events() -> impl Strategy<Value = Event> {
-    let jitter = || any::<u64>().prop_map(Jitter::new);
-    prop_oneof![
-        10 => Just(Event::Look(None)),
-        30 => (phases(), 0..3_u64, any::<bool>(), any::<bool>()).prop_map(|(phase, progress, healthy, pressed)| {
-            let healthy_since = healthy.then_some(at(1));
-            let backpressure_since = pressed.then_some(at(1));
-            look(SlotBeat { healthy_since, backpressure_since, ..beat(phase, progress) })
-        }),
-        5 => jitter().prop_map(|jitter| Event::ForkFailed { cause: Cause::Fork("EAGAIN".into()), jitter }),
-        20 => (causes(), jitter()).prop_map(|(cause, jitter)| Event::Died { cause, jitter }),
-        1 => Just(Event::Stop),
-        2 => Just(Event::Kill),
-        1 => Just(Event::Retry),
-    ]
-}
-
-proptest! {
-    /// A world around the slot: a process is there from a start on until it is reaped.
-    #[test]
-    fn no_sequence_of_events_breaks_the_rules(max_restarts in 0..12_u32, steps in proptest::collection::vec((events(), 0..40_000_u64), 1..300)) {
-        let mut slot = Slot::new(Rules { max_restarts, ..RULES }, at(0));
-        let (mut now, mut alive, mut generation) = (0, false, 0);
-        for (event, millis) in steps {
-            now += millis;
-            // Without a process nothing is reaped, and a fork fails only before there is one.
-            let reaped = matches!(event, Event::Died { .. } | Event::ForkFailed { .. });
-            if reaped && !alive {
-                continue;
-            }
-            let (before, stopping, failures) = (slot.state(), slot.stopping, slot.cap().failures());
-            let (next, actions) = step(slot, event.clone(), at(now));
-            slot = next;
-            let after = slot.state();
-            // Dead is passed through within one step.
-            let through_dead = allowed(before, SlotState::Dead) && allowed(SlotState::Dead, after);
-            prop_assert!(before == after || allowed(before, after) || through_dead, "{before} -> {after}");
-            if reaped && before != after {
-                alive = false;
-            }
-            prop_assert!(slot.cap().failures() <= failures + 1);
-            for action in &actions {
-                match action {
-                    Action::Start(started) => {
-                        prop_assert!(!alive && !stopping, "a second process, or one while draining");
-                        prop_assert!(*started > generation);
-                        prop_assert!(slot.cap().failures() <= max_restarts);
-                        (alive, generation) = (true, *started);
-                    }
-                    Action::Terminate | Action::Kill => prop_assert!(alive),
-                    Action::Escalate(_) => prop_assert!(!stopping && after == SlotState::Failed),
+/// A world around the slot: a process is there from a start on until it is reaped.
+fn play(dice: &mut Dice, length: u64) {
+    let max_restarts = u32::try_from(dice.below(12)).unwrap();
+    let rules = Rules {
+        max_restarts,
+        hang_signal: (dice.below(2) == 0).then_some(HangSignal::Abrt),
+        policy: if dice.below(4) == 0 {
+            Policy::Isolate
+        } else {
+            Policy::Escalate
+        },
+        ..RULES
+    };
+    let mut slot = Slot::new(rules, at(0));
+    let (mut now, mut alive, mut generation) = (0, false, 0);
+    for _ in 0..length {
+        now += dice.below(40_000);
+        let event = dice.event();
+        // Without a process nothing is reaped, and a fork fails only before there is one.
+        let reaped = matches!(event, Event::Died { .. } | Event::ForkFailed { .. });
+        if reaped && !alive {
+            continue;
+        }
+        let (before, stopping, failures) = (slot.state, slot.stopping, slot.cap.failures());
+        let given = slot.generation;
+        let is_retry = matches!(event, Event::Retry);
+        let was_suspect_long =
+            before == SlotState::Suspect && at(now).since(slot.since) >= RULES.tick;
+        let recycled = slot.recycling.is_some();
+        let killed_by_order = matches!(event, Event::Kill);
+        let (next, actions) = step(slot, event, at(now));
+        slot = next;
+        let after = slot.state;
+        assert!(leads(before, after), "{before} -> {after}");
+        if reaped && (before != after || slot.generation != given) {
+            alive = false;
+        }
+        assert!(
+            slot.cap.failures() <= failures + 1
+                && (is_retry || slot.cap.failures() <= max_restarts + 1)
+        );
+        for action in &actions {
+            match action {
+                Action::Start(started) => {
+                    assert!(
+                        !alive && !stopping,
+                        "a second process, or one while draining"
+                    );
+                    assert!(*started > generation);
+                    (alive, generation) = (true, *started);
                 }
+                Action::Terminate | Action::Capture | Action::Signal(_) => assert!(alive),
+                Action::Kill => assert!(
+                    alive
+                        && (killed_by_order
+                            || recycled
+                            || was_suspect_long
+                            || before == SlotState::Hung),
+                    "killed without a reason: {before}"
+                ),
+                Action::Escalate(_) => assert!(
+                    !stopping && after == SlotState::Failed && rules.policy == Policy::Escalate
+                ),
             }
-            prop_assert_eq!(alive, lives(after));
         }
-        // Whatever happened, draining ends.
-        now += 1;
-        let last = [Event::Stop, Event::Kill, Event::Look(None), died(1), Event::Look(None)];
-        for event in last {
-            let (next, actions) = step(slot, event, at(now));
-            slot = next;
-            prop_assert!(!actions.iter().any(|action| matches!(action, Action::Start(_) | Action::Escalate(_))));
-        }
-        prop_assert_eq!(slot.state(), SlotState::Stopped);
+        assert_eq!(alive, lives(after));
+    }
+    // Whatever happened, draining ends.
+    now += 1;
+    let last = [
+        Event::Stop,
+        Event::Kill,
+        Event::Look(None),
+        died(1),
+        Event::Look(None),
+    ];
+    for event in last {
+        let (next, actions) = step(slot, event, at(now));
+        slot = next;
+        assert!(
+            !actions
+                .iter()
+                .any(|action| matches!(action, Action::Start(_) | Action::Escalate(_)))
+        );
+    }
+    assert_eq!(slot.state, SlotState::Stopped);
+}
+
+#[test]
+fn a_million_sequences_of_events_break_no_rule() {
+    let seed = shared::time::Clock::mono_now().0 | 1;
+    println!("seed={seed}");
+    let mut dice = Dice(seed);
+    for _ in 0..1_000_000 {
+        let length = 1 + dice.below(30);
+        play(&mut dice, length);
     }
 }
 
 #[test]
 fn it_is_known_when_time_alone_moves_a_slot_on() {
     assert_eq!(Slot::new(RULES, at(7)).due(), Some(at(7)));
-    assert_eq!(run(&[]).0.due(), None);
+    assert_eq!(run(&[]).0.due(), Some(at(60_000)));
+    let suspect = run(&[(60_000, Event::Look(None))]).0;
+    assert_eq!(suspect.due(), Some(at(60_250)));
+    assert_eq!(run(&[(1, Event::Stop)]).0.due(), None);
+    assert_eq!(run(&[(1, Event::Recycle)]).0.due(), Some(at(25_001)));
     assert_eq!(run(&[(5, Event::Kill)]).0.due(), Some(at(10_005)));
     let (slot, _) = run(&[(1, died(1)), (1, Event::Look(None)), (2, died(1))]);
     assert_eq!(

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use log::{error, info, warn};
 use shared::{
-    board::Board,
+    board::{Board, Phase},
     config::Config,
     launch::Launch,
     shard::{ShardId, ShardList},
@@ -94,6 +94,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         &launch.shards,
         &config.supervision.shards,
         launch.flush_workers,
+        config.intake.backpressure_seconds,
     );
     let now = Clock::mono_now();
     Ok(Ingest {
@@ -240,10 +241,13 @@ fn until_answered<T>(
     attempt: &str,
     mut ask: impl FnMut() -> Result<T, ConsumeError>,
 ) -> Result<T, Ended> {
+    let phase = beat.phase_now();
     loop {
+        beat.phase(Phase::Kafka);
         match ask() {
             Ok(answer) => {
                 beat.worked(Reason::Kafka);
+                beat.phase(phase);
                 return Ok(answer);
             }
             Err(error) if error.is_outage() => beat.failed(Reason::Kafka, attempt, &error)?,

@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use log::warn;
+use log::{info, warn};
 use shared::{
     board::{Board, ClockWriter, Ledger, Phase},
     config::Config,
@@ -27,7 +27,7 @@ use self::{
     floor::Floor,
     group::{GroupLimits, group},
     insert::{Inserted, Store, Writing},
-    intake::Intake,
+    intake::{Flusher, Intake},
 };
 use crate::{
     Ended,
@@ -161,7 +161,11 @@ impl Ingest {
 
     /// Pauses and resumes shards after the states of their flushers.
     fn steer_intake(&mut self) -> Result<(), Ended> {
-        let changes = self.intake.decide(|slot| self.board.healthy_once(slot));
+        let flusher = |slot| Flusher {
+            healthy_once: self.board.healthy_once(slot),
+            state: self.board.state(slot),
+        };
+        let changes = self.intake.decide(flusher, Clock::mono_now());
         for (shards, paused) in [(&changes.pause, true), (&changes.resume, false)] {
             if let Err(error) = self.input.pause(shards, paused) {
                 // Nothing is noted as done: it is tried again at the next pass.
@@ -169,6 +173,12 @@ impl Ingest {
                     .beat
                     .failed(Reason::Kafka, "pause or resume partitions", &error);
             }
+        }
+        for shard in &changes.pause {
+            warn!("intake is closed shard={shard}: its flusher is down");
+        }
+        for shard in &changes.resume {
+            info!("intake is open shard={shard}");
         }
         self.intake.done(&changes);
         Ok(())

@@ -1,11 +1,14 @@
 //! Tests of the views: lives, garbage, clocks read while they are written.
 
 use super::*;
-use crate::board::owner::describe;
+use crate::{
+    board::{Cause, Death, Standing, owner::describe},
+    launch::Role,
+};
 
 const NOW: MonoNanos = MonoNanos(5_000_000_000);
 
-fn board(shards: &str, slots: u32) -> Board {
+pub(in crate::board) fn board(shards: &str, slots: u32) -> Board {
     let shards: ShardList = shards.parse().unwrap();
     let bytes = layout::words(shards.len(), usize::try_from(slots).unwrap()) * WORD;
     let file = tempfile::tempfile().unwrap();
@@ -185,13 +188,32 @@ fn ledgers_of_shards_do_not_mix() {
 fn the_supervisors_word_is_shown() {
     let board = board("0", 1);
     assert!(!board.healthy_once(0) && !board.healthy_once(5));
-    board
-        .supervise(0)
-        .state(SlotState::Backoff, MonoNanos(3_000), true);
+    let standing = Standing {
+        role: Role::Ingest,
+        index: 3,
+        generation: 4,
+        state: SlotState::Backoff,
+        since: MonoNanos(3_000),
+        healthy_once: true,
+        child: None,
+        moved: Some(MonoNanos(2_000)),
+        rate: 5,
+        failures: 6,
+        max_restarts: 7,
+        lifetime: 8,
+        hang: Duration::from_secs(9),
+        tracer: Some(10),
+        deaths: vec![Death {
+            at: MonoNanos(1_000),
+            cause: Cause::Oom,
+        }],
+    };
+    board.supervise(0).show(&standing);
     assert!(board.healthy_once(0));
-    let word = board.slot(0).unwrap()[slot::STATE].load(Relaxed);
-    assert_eq!(
-        SlotState::unpack(word),
-        Some((SlotState::Backoff, MonoNanos(3_000)))
-    );
+    assert_eq!(board.state(0), Some((SlotState::Backoff, MonoNanos(3_000))));
+    assert_eq!(board.standing(0), Some(standing));
+    assert_eq!(board.standing(1), None);
+    assert!(!board.is_draining());
+    board.show_draining(true);
+    assert!(board.is_draining());
 }

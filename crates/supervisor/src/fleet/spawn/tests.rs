@@ -9,13 +9,13 @@ use std::{
 };
 
 use nix::poll::{PollFd, PollFlags, poll};
-use shared::{board::BoardOwner, time::Clock};
+use shared::{
+    board::{BoardOwner, Cause},
+    time::Clock,
+};
 
 use super::*;
-use crate::{
-    fleet::{reap, stop},
-    slot::Cause,
-};
+use crate::fleet::{reap, stop};
 
 /// Boards of one process share their name, and strangers are anybody's children: one test at a time makes some.
 static ONE: Mutex<()> = Mutex::new(());
@@ -141,7 +141,7 @@ fn a_signal_before_exec_is_not_swallowed() {
         for _ in 0..50 {
             let child = shell("exec sleep 600", board, &[]).unwrap();
             stop::terminate(&child);
-            assert_eq!(end(&child), Cause::Signal("TERM".into()));
+            assert_eq!(end(&child), Cause::Signal(libc::SIGTERM));
         }
     });
 }
@@ -199,7 +199,10 @@ fn strangers_are_reaped_and_never_in_the_place_of_workers() {
         await_end(&known.pidfd);
         // Whoever ended first: the known one's status is left to its handle.
         reap::reap_strangers(&[known.pid]);
-        assert_eq!(reap::reap(&known), Some(Cause::Signal("RTMIN+1".into())));
+        assert_eq!(
+            reap::reap(&known),
+            Some(Cause::Signal(libc::SIGRTMIN() + 1))
+        );
         reap::reap_strangers(&[]);
         assert_eq!(ended_child(), None);
         assert!(!Path::new(&format!("/proc/{}", stranger.id())).exists());

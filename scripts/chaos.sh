@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Chaos under traffic: workers and the supervisor killed, stopped, continued, crashed; Redis and Kafka cut off. It ends with a ledger
+# that is even, and with a line for each blow: when the victim was gone, when all were at work again.
+#
+# scripts/chaos.sh [seconds] [seed]      default 600 seconds and a seed of its own, which is printed
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/needs.sh
+
+need_toolchain
+need redis-server redis-server "the store"
+
+cargo build --workspace --bins
+export CHAOS_SECONDS="${1:-600}"
+if [ -n "${2:-}" ]; then export CHAOS_SEED="$2"; fi
+exec cargo test --package e2e --test process -- --exact process_supervision::chaos_loses_nothing_and_leaves_nothing --nocapture
