@@ -173,12 +173,7 @@ impl Cluster {
     /// # Errors
     /// [`StandError`] when it does not answer, or knows of none.
     pub fn owner_as_seen_by(&self, asked: usize, slot: u16) -> Result<usize, StandError> {
-        let ranges: Vec<(u16, u16, Vec<Value>)> = cmd("CLUSTER")
-            .arg("SLOTS")
-            .query(&mut self.connection(asked)?)
-            .map(|ranges: Vec<Vec<Value>>| {
-                ranges.iter().filter_map(|range| read(range)).collect()
-            })?;
+        let ranges = self.ranges(asked)?;
         let master = ranges
             .iter()
             .find(|(first, last, _)| (*first..=*last).contains(&slot))
@@ -293,11 +288,36 @@ impl Cluster {
     pub fn fail_over(&self, replica: usize) -> Result<(), StandError> {
         for _ in 1..FAILOVER_TRIES {
             if self.try_fail_over(replica).is_ok() {
-                return self.await_ok();
+                return self.await_new_master(replica);
             }
         }
         self.try_fail_over(replica)?;
+        self.await_new_master(replica)
+    }
+
+    /// Waits until every node that runs knows of a master's slots.
+    fn await_new_master(&self, master: usize) -> Result<(), StandError> {
+        let knows = |asked: usize| {
+            let ranges = self.ranges(asked).unwrap_or_default();
+            ranges.iter().any(|(_, _, owner)| {
+                owner.get(2).and_then(text).as_ref() == Some(&self.nodes[master].id)
+            })
+        };
+        let running: Vec<usize> = (0..self.nodes.len())
+            .filter(|&node| self.node(node).pid().is_some())
+            .collect();
+        await_some(FAILOVER, "all nodes to know the new master", || {
+            running.iter().all(|&node| knows(node)).then_some(())
+        })?;
         self.await_ok()
+    }
+
+    /// The ranges of slots as a node knows them, each with its master.
+    fn ranges(&self, asked: usize) -> Result<Vec<(u16, u16, Vec<Value>)>, StandError> {
+        let ranges: Vec<Vec<Value>> = cmd("CLUSTER")
+            .arg("SLOTS")
+            .query(&mut self.connection(asked)?)?;
+        Ok(ranges.iter().filter_map(|range| read(range)).collect())
     }
 
     fn try_fail_over(&self, replica: usize) -> Result<(), StandError> {
