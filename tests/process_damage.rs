@@ -244,3 +244,31 @@ fn a_stop_while_kafka_is_away_ends_in_time() {
     // Exit code 0: nobody had to be killed.
     world.drain();
 }
+
+#[test]
+fn a_broker_that_goes_away_at_work_and_comes_back_costs_nothing() {
+    let mut world = World::new(Kafka::real(SHARDS).unwrap());
+    world.start();
+    let workers = world.workers();
+    world.send(&traffic(40, 1_000, 1));
+    world.read_first();
+    // Segments are due while it is away.
+    match &mut world.kafka {
+        Kafka::Real(kafka) => {
+            kafka.stop().unwrap();
+            stand::pause(Duration::from_secs(8));
+            kafka.start_again().unwrap();
+        }
+        Kafka::Mock(_) => panic!("a real broker was started"),
+    }
+    world.send(&traffic(41, 1_000, 100_000));
+    world.await_all();
+    assert_eq!(
+        world.workers(),
+        workers,
+        "nobody died meanwhile\n{}",
+        world.log()
+    );
+    world.settle();
+    world.assert_store_is_even();
+}

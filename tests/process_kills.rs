@@ -7,14 +7,15 @@
 use nix::sys::signal::Signal;
 use stand::kafka::Kafka;
 
-use crate::world::{LONG, SHARDS, World, calls_script_on, traffic};
+use crate::world::{LONG, SHARDS, World, calls_script_on, moves_position, traffic};
 
 /// Sends traffic, and kills all workers of `role` while a command is held.
 fn kill_at(kafka: Kafka, role: &str, hold: impl FnOnce(&World) -> stand::proxy::Hold) -> World {
     let mut world = World::new(kafka);
+    // Before anything is sent: a moment that has passed does not come again.
+    let held = hold(&world);
     world.start();
     world.send(&traffic(20, 1_000, 1));
-    let held = hold(&world);
     assert!(
         held.reached(LONG),
         "the moment did not come\n{}",
@@ -43,7 +44,7 @@ fn kill_at(kafka: Kafka, role: &str, hold: impl FnOnce(&World) -> stand::proxy::
 fn ingest_with_a_batch_inserted_and_not_committed(kafka: Kafka) {
     // The position is written and its answer is held: all is in Redis, nothing is committed.
     kill_at(kafka, "ingest", |world| {
-        world.proxy.hold_reply_when(calls_script_on(":pos"))
+        world.proxy.hold_reply_when(moves_position())
     })
     .settle_exact();
 }
@@ -62,7 +63,7 @@ fn ingest_killed_with_a_batch_inserted_and_not_committed_on_a_real_kafka() {
 fn ingest_killed_with_entries_in_redis_and_no_position() {
     // Entries stand in their journals, and do not exist yet: they are written again, cut as it comes.
     kill_at(Kafka::mock(SHARDS).unwrap(), "ingest", |world| {
-        world.proxy.hold_when(calls_script_on(":pos"))
+        world.proxy.hold_when(moves_position())
     })
     .settle_exact();
 }

@@ -99,6 +99,49 @@ fn await_inserted(world: &World, spans: u64) {
 }
 
 #[test]
+fn a_backlog_that_is_read_slowly_splits_no_segment() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    // One message a batch, and a slow store: a trace's parts are read further apart than any timeout, and stand two seconds
+    // apart by their own time.
+    world.plan.settings = crate::world::settings("intake.batch_spans = 1\n");
+    world.proxy.slow(Duration::from_millis(60));
+    let begin = ago(Duration::from_secs(3_600));
+    let traces: Vec<Vec<SpanMessage>> = (0..20_u32)
+        .map(|index| {
+            let serial = 1_000 + 10 * u64::from(index);
+            slow_trace(&format!("{index:032x}"), index % SHARDS, begin, serial)
+        })
+        .collect();
+    for part in 0..3 {
+        let messages: Vec<SpanMessage> = traces.iter().map(|trace| trace[part].clone()).collect();
+        world.send(&messages);
+    }
+    world.start();
+    let begun = Clock::mono_now();
+    stand::eventually(crate::world::LONG, "the first parts in redis", || {
+        (crate::world::inserted(&world) >= 20).then_some(())
+    });
+    let first = Clock::mono_now();
+    stand::eventually(crate::world::LONG, "the last parts in redis", || {
+        (crate::world::inserted(&world) >= 60).then_some(())
+    });
+    let apart = Clock::mono_now().since(first);
+    assert!(
+        apart > Duration::from_secs(4),
+        "read too fast to tell: {apart:?} of {:?}",
+        Clock::mono_now().since(begun)
+    );
+    world.proxy.release();
+    world.await_all();
+    world.settle_exact();
+    assert!(
+        segments(&world).values().all(|&count| count == 1),
+        "{:?}",
+        segments(&world)
+    );
+}
+
+#[test]
 fn shards_at_different_lags_do_not_disturb_each_other() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     let begin = [0, 60, 3_600, 86_400].map(|lag| ago(Duration::from_secs(lag + 5)));

@@ -433,3 +433,9 @@ pub(crate) fn calls_script_on(part: &'static str) -> impl FnMut(&[&[u8]]) -> boo
                 .any(|window| window == part.as_bytes())
     }
 }
+
+/// Whether a Redis command moves a position on: not a bucket's first one, which stands before its first entry.
+pub(crate) fn moves_position() -> impl FnMut(&[&[u8]]) -> bool + Send + 'static {
+    let mut calls = calls_script_on(":pos");
+    move |arguments| calls(arguments) && arguments.get(7).is_some_and(|before| !before.is_empty())
+}

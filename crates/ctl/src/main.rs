@@ -44,7 +44,11 @@ fn main() -> ExitCode {
             let mut text = format!("error: {error}");
             let mut source = error.source();
             while let Some(cause) = source {
-                text.push_str(&format!(": {cause}"));
+                // Some errors say what their source says.
+                let cause_text = cause.to_string();
+                if !text.contains(&cause_text) {
+                    text.push_str(&format!(": {cause_text}"));
+                }
                 source = cause.source();
             }
             // Nobody reads it: the exit code says the same.

@@ -189,7 +189,7 @@ impl Beat {
         if outage.said.is_none_or(|said| now.since(said) >= SAID_EVERY) {
             outage.said = Some(now);
             warn!(
-                "{attempt} failed, trying again for={}s: {}",
+                "{attempt} failed, tried for={}s, trying again: {}",
                 now.since(since).as_secs(),
                 chain(error)
             );

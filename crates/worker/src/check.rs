@@ -17,7 +17,8 @@ use store::client::{Client, Server};
 
 use crate::{
     chain,
-    kafka::{self, Context, TopicError},
+    deliver::Deliverer,
+    kafka::{self, Context, MakeError, TopicError},
 };
 
 /// Proves both and says what was found.
@@ -78,10 +79,16 @@ fn kafka(config: &Config, launch: &Launch) -> Exit {
                 return say(
                     Exit::Config,
                     "kafka",
-                    &format!("make client: {error} (check kafka.properties)"),
+                    &format!(
+                        "make consumer (check kafka.properties and kafka.consumer): {}",
+                        MakeError::from(error)
+                    ),
                 );
             }
         };
+    if let Err(error) = Deliverer::new(&config.kafka, config.flush.delivery_timeout, None) {
+        return say(Exit::Config, "kafka", &chain(&error));
+    }
     let mut worst = Exit::Ok;
     let mut prove = |topic: &str, needed: bool, shards: bool| {
         let exit = match kafka::partitions(client.client(), topic) {

@@ -26,7 +26,7 @@ use shared::{
 
 use crate::{
     beat::{Beat, Reason},
-    kafka::{self, Context},
+    kafka::{self, Context, MakeError},
 };
 
 /// Reports that may stand between librdkafka's thread and ours; more wait in librdkafka.
@@ -70,7 +70,7 @@ pub enum Fault {
 /// An error in making a producer: a property that librdkafka does not take.
 #[derive(Debug, thiserror::Error)]
 #[error("make kafka producer (check kafka.properties and kafka.producer)")]
-pub struct ProducerError(#[source] KafkaError);
+pub struct ProducerError(#[source] MakeError);
 
 impl crate::Refusal for ProducerError {}
 
@@ -287,7 +287,7 @@ fn make(
     let (sender, reports) = bounded(REPORTS_WAITING);
     let producer = client
         .create_with_context(Reports(sender))
-        .map_err(ProducerError)?;
+        .map_err(|error| ProducerError(error.into()))?;
     Ok((reports, producer))
 }
 

@@ -124,6 +124,25 @@ pub fn partitions<C: ClientContext>(
     }
 }
 
+/// A client that librdkafka does not make. Its own words may hold a value, and the value may be a secret.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct MakeError(String);
+
+impl From<KafkaError> for MakeError {
+    fn from(error: KafkaError) -> Self {
+        let KafkaError::ClientConfig(_, reason, property, value) = &error else {
+            return Self(error.to_string());
+        };
+        let reason = if value.is_empty() {
+            reason.clone()
+        } else {
+            reason.replace(value.as_str(), "***")
+        };
+        Self(format!("property {property}: {reason}"))
+    }
+}
+
 /// Whether Kafka refuses this client: trying again does not help, its rights have to change.
 #[must_use]
 pub fn is_denied(error: &KafkaError) -> bool {

@@ -77,6 +77,8 @@ pub(crate) enum DemoError {
     Stand(#[from] StandError),
     #[error("listen for Ctrl-C")]
     Signals(#[from] SignalError),
+    #[error("read recording: it holds no message (lines are `<arrival ms>` TAB `<message>`)")]
+    Empty,
     #[error("read the accounts in redis: {0}")]
     Accounts(String),
 }
@@ -105,6 +107,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<bool, DemoError> {
     };
     for line in shown.iter().flat_map(tree::lines) {
         screen.line(&line);
+    }
+    if arguments.keep {
+        screen.line("everything runs on; Ctrl-C ends it and shows the ledger");
     }
     while arguments.keep && !stop.requested() {
         stop.wait(Duration::from_secs(1));
@@ -143,6 +148,9 @@ fn messages(arguments: &Arguments) -> Result<Vec<SpanMessage>, DemoError> {
         let scaled =
             message.arrival.since(start).as_millis() * u128::from(arguments.seconds) * 1_000 / last;
         message.arrival = UnixMillis(u64::try_from(scaled).unwrap_or(u64::MAX));
+    }
+    if messages.is_empty() {
+        return Err(DemoError::Empty);
     }
     messages.sort_by_key(|message| message.arrival);
     Ok(messages)

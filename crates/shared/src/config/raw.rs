@@ -24,6 +24,16 @@ const SECRETS: [&str; 7] = [
     "oauthbearer.config",
 ];
 
+/// Properties of the same sections whose values may be shown.
+const HARMLESS: [&str; 6] = [
+    "sasl.mechanism",
+    "sasl.mechanisms",
+    "sasl.username",
+    "ssl.ca.location",
+    "ssl.certificate.location",
+    "ssl.endpoint.identification.algorithm",
+];
+
 /// One thing that is wrong, where, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
@@ -309,7 +319,10 @@ fn is_map(path: &str) -> bool {
 
 fn hidden((name, value): (&str, &str)) -> String {
     let lower = name.to_lowercase();
-    let is_secret = SECRETS.iter().any(|secret| lower.contains(secret));
+    // Of these sections whatever is not known to be harmless is hidden: a misspelt name hides nothing by itself.
+    let is_sensitive = lower.starts_with("sasl.") || lower.starts_with("ssl.");
+    let is_secret = SECRETS.iter().any(|secret| lower.contains(secret))
+        || (is_sensitive && !HARMLESS.contains(&&lower[..]));
     format!("{name}={}", if is_secret { "***" } else { value })
 }
 

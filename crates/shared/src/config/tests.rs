@@ -304,7 +304,10 @@ fn secrets_are_not_shown() {
     let file = "kafka.properties = { \"sasl.password\" = \"hunter2\", \"sasl.username\" = \"me\" }";
     let config = load(
         Some(file),
-        &[("SPANBUF_KAFKA__PRODUCER", "ssl.key.password=hunter2")],
+        &[(
+            "SPANBUF_KAFKA__PRODUCER",
+            "ssl.key.password=hunter2,sasl.pasword=hunter2",
+        )],
     )
     .unwrap();
     let shown = format!("{:?}", config.redacted());

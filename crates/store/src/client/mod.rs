@@ -53,7 +53,10 @@ pub type Reply = Result<Value, CommandError>;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommandError {
     /// The connection could not be made, or went, or was too slow: whether the command was carried out is not known.
-    #[error("lost redis at {address} (is it running, and reachable from here?)")]
+    #[error(
+        "lost redis at {address}: {} (is it running, and reachable from here?)",
+        lost(source)
+    )]
     Lost {
         /// The node.
         address: String,
@@ -72,6 +75,15 @@ pub enum CommandError {
         /// The server's words.
         message: String,
     },
+}
+
+/// What a lost connection means, in words.
+fn lost(source: &RedisError) -> &'static str {
+    if source.is_timeout() {
+        "no answer within redis.timeout"
+    } else {
+        "no connection"
+    }
 }
 
 /// Kinds of refusals.
@@ -99,7 +111,7 @@ impl Refusal {
             Self::Full => " (raise maxmemory, or wait for flushing)",
             Self::ReadOnly => " (is it a replica, or is its disk full?)",
             Self::Busy | Self::Moved => "",
-            Self::Denied => " (check the user's rights)",
+            Self::Denied => " (users and passwords are not supported yet)",
             Self::Elsewhere => " (it is a cluster: set redis.cluster = true)",
             Self::Wrong => " (is this server shared with something else?)",
         }

@@ -110,6 +110,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         watched: now,
         renewed: now,
         floored: now,
+        ends_failed: false,
     })
 }
 

@@ -27,7 +27,7 @@ use shared::{
 };
 
 use super::{batch::Record, clock::message_time};
-use crate::kafka::{self, ANSWER_TIMEOUT, Context};
+use crate::kafka::{self, ANSWER_TIMEOUT, Context, MakeError};
 
 /// How long one wait for the answer to a commit lasts.
 const COMMIT_SLICE: Duration = Duration::from_millis(50);
@@ -71,7 +71,7 @@ impl ConsumerContext for Events {
 pub enum ConsumeError {
     /// A property that librdkafka does not take.
     #[error("make kafka consumer (check kafka.properties and kafka.consumer)")]
-    Make(#[source] KafkaError),
+    Make(#[source] MakeError),
     /// The broker did not answer, or not well.
     #[error("{attempt}")]
     Ask {
@@ -585,7 +585,7 @@ impl Collected<'_> {
 fn make(client: &ClientConfig) -> Result<BaseConsumer<Events>, ConsumeError> {
     client
         .create_with_context(Events::default())
-        .map_err(ConsumeError::Make)
+        .map_err(|error| ConsumeError::Make(error.into()))
 }
 
 /// The offsets that another consumer's group committed, when taking over from it.

@@ -606,8 +606,10 @@ impl Store {
             let written = self.written.get(&bucket).copied();
             if stands != written && !changed.contains(&bucket.shard) {
                 error!(
-                    "position shard={} stands={stands:?} written={written:?}: its node went back, or there is a second writer",
-                    bucket.shard
+                    "position shard={} stands={} written={}: its node went back, or there is a second writer (the shard is read again)",
+                    bucket.shard,
+                    shown(stands),
+                    shown(written)
                 );
                 changed.push(bucket.shard);
             }
@@ -676,6 +678,11 @@ impl fmt::Display for Step {
             self.bucket.shard, self.before, self.next
         )
     }
+}
+
+/// A position, where there is one.
+fn shown(position: Option<u64>) -> String {
+    position.map_or_else(|| "none".into(), |position| position.to_string())
 }
 
 /// Whether a size, grown by `added` to `after`, has passed a multiple of `limit`.

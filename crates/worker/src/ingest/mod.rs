@@ -8,7 +8,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use log::{info, warn};
+use log::{debug, info, warn};
 use shared::{
     board::{Board, ClockWriter, Ledger, Phase},
     config::Config,
@@ -32,6 +32,7 @@ use self::{
 use crate::{
     Ended,
     beat::{Beat, Reason},
+    chain,
 };
 
 pub mod batch;
@@ -73,6 +74,8 @@ pub(crate) struct Ingest {
     watched: MonoNanos,
     renewed: MonoNanos,
     floored: MonoNanos,
+    /// The last question for the ends of partitions was not answered.
+    ends_failed: bool,
 }
 
 /// One shard's clock and counts.
@@ -285,8 +288,15 @@ impl Ingest {
     fn run_clocks(&mut self, is_outage: bool) -> Result<(), Ended> {
         if !is_outage {
             match self.input.ask_ends() {
-                Ok(true) => self.beat.worked(Reason::Kafka),
+                Ok(true) => {
+                    self.ends_failed = false;
+                    self.beat.worked(Reason::Kafka);
+                }
                 Ok(false) => {}
+                // One late answer is none yet: the clocks stand, and it is asked again.
+                Err(error) if !std::mem::replace(&mut self.ends_failed, true) => {
+                    debug!("read the ends of partitions: {}", chain(&error));
+                }
                 Err(error) => {
                     self.beat
                         .failed(Reason::Kafka, "read the ends of partitions", &error)?
