@@ -104,7 +104,44 @@ fn folded(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use clap::CommandFactory;
+
     use super::*;
+
+    /// The words in backticks of the first column of a table of README.
+    fn readme_words(heading: &str) -> BTreeSet<String> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md");
+        let readme = std::fs::read_to_string(path).unwrap();
+        let section = readme
+            .split("\n## ")
+            .find(|text| text.starts_with(heading))
+            .unwrap();
+        let rows = section.lines().filter(|line| line.starts_with("| `"));
+        let first = rows.map(|row| row.split('|').nth(1).unwrap());
+        let words = first.flat_map(|cell| cell.split('`').skip(1).step_by(2));
+        words
+            .map(|word| word.split(' ').next().unwrap().to_owned())
+            .collect()
+    }
+
+    #[test]
+    fn readme_lists_every_flag_and_signal() {
+        let mut command = Line::command();
+        command.build();
+        let long = |argument: &clap::Arg| argument.get_long().map(|long| format!("--{long}"));
+        let mut flags: BTreeSet<String> = command.get_arguments().filter_map(long).collect();
+        // It is what one tries when README is not at hand.
+        flags.remove("--help");
+        assert_eq!(readme_words("Flags"), flags);
+        // CHLD is the kernel's, not an operator's.
+        let signals = crate::turn::SIGNALS
+            .iter()
+            .map(|signal| signal.as_str().trim_start_matches("SIG").to_owned());
+        let signals: BTreeSet<String> = signals.filter(|signal| signal != "CHLD").collect();
+        assert_eq!(readme_words("Signals"), signals);
+    }
 
     fn order(line: &str) -> Order {
         read(

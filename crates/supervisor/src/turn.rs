@@ -24,7 +24,7 @@ use shared::{exit::Exit, time::Clock};
 use crate::{fleet::Fleet, notify::Notify};
 
 /// Signals that are read; all but CHLD are an operator's.
-const SIGNALS: [Signal; 6] = [
+pub(crate) const SIGNALS: [Signal; 6] = [
     Signal::SIGCHLD,
     Signal::SIGTERM,
     Signal::SIGINT,
