@@ -374,7 +374,8 @@ impl Input {
         Ok(())
     }
 
-    /// Reads one batch: until it is full, its time is over, or nothing came.
+    /// Reads one batch: until it is full, its time is over, or nothing came. An outage is one when nothing came after the last word
+    /// of it: librdkafka keeps what it said while nobody read, a word for every try.
     pub fn collect<'c>(&'c self, limits: &BatchLimits) -> Collected<'c> {
         let mut batch = Collected::default();
         let mut deadline = Clock::mono_now().after(limits.idle);
@@ -390,19 +391,26 @@ impl Input {
                     let shard = u32::try_from(message.partition()).map(ShardId);
                     batch.ends.retain(|end| shard != Ok(*end));
                     batch.messages.push(message);
+                    batch.outage = None;
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     batch.ends.extend(u32::try_from(partition).map(ShardId));
+                    batch.outage = None;
                 }
-                Some(Err(error)) => {
-                    match error.rdkafka_error_code() {
-                        Some(
-                            RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange,
-                        ) => batch.lost_place = true,
-                        _ => batch.outage = Some(error),
+                Some(Err(error)) => match error.rdkafka_error_code() {
+                    Some(
+                        RDKafkaErrorCode::AutoOffsetReset | RDKafkaErrorCode::OffsetOutOfRange,
+                    ) => {
+                        batch.lost_place = true;
+                        break;
                     }
-                    break;
-                }
+                    _ => {
+                        batch.outage = Some(error);
+                        if left.is_zero() {
+                            break;
+                        }
+                    }
+                },
                 None if left.is_zero() => break,
                 None => {}
             }
