@@ -13,4 +13,4 @@ need redis-server redis-server "the store"
 cargo build --workspace --bins
 export CHAOS_SECONDS="${1:-600}"
 if [ -n "${2:-}" ]; then export CHAOS_SEED="$2"; fi
-exec cargo test --package e2e --test process -- --exact process_supervision::chaos_loses_nothing_and_leaves_nothing --ignored --nocapture
+exec cargo test --package e2e --test process -- --exact process_chaos::chaos_loses_nothing_and_leaves_nothing --nocapture

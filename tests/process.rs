@@ -12,6 +12,7 @@
     reason = "helpers of a test fail loudly"
 )]
 
+mod process_chaos;
 mod process_cluster;
 mod process_damage;
 mod process_input;

@@ -1,10 +1,10 @@
-//! Supervision with real workers: hangs, brokers that are away, intake that follows the flushers, chaos.
+//! Supervision with real workers: hangs, brokers that are away, intake that follows the flushers.
 
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use shared::time::Clock;
-use stand::{eventually, kafka::Kafka, launch::Worker};
+use stand::{eventually, kafka::Kafka, launch::Worker, pause};
 
 use crate::world::{LONG, SHARDS, World, settings, traffic};
 
@@ -36,13 +36,6 @@ fn await_all_healthy(world: &mut World) -> Vec<Worker> {
         shown(world, slot, &["state=healthy"]);
     }
     workers
-}
-
-fn pass(length: Duration) {
-    let begun = Clock::mono_now();
-    eventually(LONG, "time to pass", || {
-        (Clock::mono_now().since(begun) >= length).then_some(())
-    });
 }
 
 #[test]
@@ -87,7 +80,7 @@ fn fault_08_a_broker_that_is_away_for_three_budgets_kills_nobody() {
     for slot in 0..3 {
         shown(&mut world, slot, &["state=backpressured", "phase=boot"]);
     }
-    pass(HANG * 3);
+    pause(HANG * 3);
     assert_eq!(world.workers(), workers);
     kafka(&world, true);
     await_all_healthy(&mut world);
@@ -96,7 +89,7 @@ fn fault_08_a_broker_that_is_away_for_three_budgets_kills_nobody() {
     // And at work.
     kafka(&world, false);
     shown(&mut world, 2, &["state=backpressured"]);
-    pass(HANG * 3);
+    pause(HANG * 3);
     kafka(&world, true);
     world.send(&traffic(45, 1_000, 100_000));
     world.await_all();
@@ -115,7 +108,7 @@ fn a_redis_that_is_away_for_three_budgets_kills_nobody() {
     for slot in 0..3 {
         shown(&mut world, slot, &["state=backpressured", "phase=boot"]);
     }
-    pass(HANG * 3);
+    pause(HANG * 3);
     world.proxy.release();
     await_all_healthy(&mut world);
     world.send(&traffic(43, 500, 1));
@@ -151,7 +144,7 @@ fn a_flusher_that_is_down_closes_its_own_shards_and_no_others() {
         {
             worker.signal(Signal::SIGKILL).unwrap();
         }
-        pass(Duration::from_millis(20));
+        pause(Duration::from_millis(20));
     }
     for shard in [0, 2] {
         eventually(LONG, "a closed shard", || {
@@ -181,123 +174,4 @@ fn a_flusher_that_is_down_closes_its_own_shards_and_no_others() {
     }
     world.await_all();
     world.settle_exact();
-}
-
-/// A minute of it; `scripts/chaos.sh` takes a seed and a time.
-#[test]
-#[ignore = "minutes long, and not yet seen green: scripts/chaos.sh runs it"]
-fn chaos_loses_nothing_and_leaves_nothing() {
-    let number =
-        |name: &str, other: u64| std::env::var(name).map_or(other, |text| text.parse().unwrap());
-    let seed = number("CHAOS_SEED", Clock::mono_now().0 | 1);
-    let length = Duration::from_secs(number("CHAOS_SECONDS", 60));
-    println!("seed={seed} seconds={}", length.as_secs());
-    let mut dice = seed;
-    let mut roll = move |bound: u64| {
-        dice ^= dice << 13;
-        dice ^= dice >> 7;
-        dice ^= dice << 17;
-        dice % bound
-    };
-    let mut world = world("supervision.max_restarts = 1000\nsupervision.stable = \"1s\"\n");
-    world.start();
-    let begun = Clock::mono_now();
-    let mut serial = 1;
-    let mut table: Vec<(String, Duration)> = Vec::new();
-    while Clock::mono_now().since(begun) < length {
-        world.send(&traffic(seed.wrapping_add(serial), 300, serial));
-        serial += 300;
-        let workers = world.supervisor().workers().unwrap();
-        let Some(worker) = usize::try_from(roll(3))
-            .ok()
-            .and_then(|place| workers.get(place))
-            .cloned()
-        else {
-            world.read_some();
-            continue;
-        };
-        let what = match roll(8) {
-            0 => "SIGKILL",
-            // Not SEGV: the runtime takes one that nobody raised for a fault that comes again.
-            1 => "SIGABRT",
-            2 => "SIGTERM",
-            3 => "SIGSTOP",
-            4 => "SIGSTOP, SIGCONT",
-            5 => "redis cut",
-            6 => "kafka down",
-            _ => "supervisor killed",
-        };
-        let from = Clock::mono_now();
-        let dies = match what {
-            "SIGKILL" | "SIGABRT" | "SIGTERM" | "SIGSTOP" => {
-                worker.signal(what.parse().unwrap()).unwrap();
-                true
-            }
-            "SIGSTOP, SIGCONT" => {
-                worker.signal(Signal::SIGSTOP).unwrap();
-                pass(Duration::from_millis(500));
-                worker.signal(Signal::SIGCONT).unwrap();
-                false
-            }
-            "redis cut" => {
-                world.proxy.refuse();
-                world.proxy.cut();
-                pass(Duration::from_millis(500));
-                world.proxy.release();
-                false
-            }
-            "kafka down" => {
-                if let Kafka::Mock(mock) = &world.kafka {
-                    mock.down().unwrap();
-                    pass(Duration::from_millis(500));
-                    mock.up().unwrap();
-                }
-                false
-            }
-            _ => {
-                let workers = world.supervisor().workers().unwrap();
-                if workers.is_empty() {
-                    false
-                } else {
-                    world.kill_supervisor();
-                    world.start();
-                    true
-                }
-            }
-        };
-        if dies {
-            eventually(LONG, "its end", || (!worker.lives()).then_some(()));
-        }
-        let ended = Clock::mono_now().since(from);
-        await_all_healthy_or_pressed(&mut world);
-        let again = Clock::mono_now().since(from);
-        table.push((format!("{what:18} {} {}", worker.role, worker.index), again));
-        println!(
-            "{what:18} {} {} ended_after={ended:?} working_after={again:?}",
-            worker.role, worker.index
-        );
-        world.read_some();
-    }
-    world.await_all();
-    let balance = world.settle();
-    println!("{balance}");
-    assert!(!table.is_empty());
-    world.assert_store_is_even();
-}
-
-fn await_all_healthy_or_pressed(world: &mut World) {
-    let wanted = world.workers().len();
-    eventually(LONG, "all workers at work", || {
-        world.supervisor().signal(Signal::SIGUSR1).unwrap();
-        let log = world.log();
-        let summary = log.lines().rfind(|line| line.starts_with("summary "))?;
-        let count = |state: &str| -> usize {
-            let word = format!(" {state}=");
-            let found = summary.split_once(&word).map(|(_, rest)| rest);
-            found
-                .and_then(|rest| rest.split(' ').next()?.parse().ok())
-                .unwrap_or(0)
-        };
-        (count("healthy") + count("backpressured") == wanted).then_some(())
-    });
 }

@@ -18,6 +18,7 @@ pub mod redis;
 mod resp;
 pub mod rng;
 pub mod span;
+pub mod step;
 pub mod topics;
 pub mod traffic;
 

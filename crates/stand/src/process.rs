@@ -3,8 +3,9 @@
 //! In:     a program, its arguments, a file for what it says.
 //! Out:    its pid, its end, its log.
 //! Keeps:  it is killed when its owner is dropped, and by the kernel when the thread that started it ends (PDEATHSIG);
-//!         its log is shown when that happens in a failing test.
-//! Knows:  setpriv of util-linux, which sets PDEATHSIG without a fork hook of ours.
+//!         its log is shown when that happens in a failing test; it has no descriptor of ours but the three that it is given: a
+//!         connection of the mock Kafka that a child held open would not end when the mock closes it.
+//! Knows:  setpriv of util-linux, which sets PDEATHSIG without a fork hook of ours, and bash, which closes descriptors.
 //! Source: docs/house.md 13.
 
 use std::{
@@ -26,6 +27,10 @@ use crate::{StandError, await_some};
 
 /// How much of a log an error or a failing test shows.
 const SHOWN_BYTES: u64 = 8 << 10;
+
+/// Closes what librdkafka's mock opened without CLOEXEC, and becomes the program.
+const CLOSE_AND_EXEC: &str =
+    r#"for fd in /proc/$$/fd/*; do fd=${fd##*/}; ((fd > 2)) && exec {fd}>&-; done; exec "$@""#;
 
 /// A running program.
 #[derive(Debug)]
@@ -77,14 +82,16 @@ impl Process {
         let log_again = log
             .try_clone()
             .map_err(StandError::system("double a descriptor"))?;
-        let mut command = match find(OsStr::new("setpriv")) {
-            Some(setpriv) => {
-                let mut command = Command::new(setpriv);
-                command.args(["--pdeathsig", "KILL"]).arg(program);
-                command
-            }
-            None => Command::new(program),
-        };
+        let [bash, setpriv] = ["bash", "setpriv"].map(|tool| {
+            find(OsStr::new(tool)).ok_or_else(|| StandError::Missing {
+                program: tool.into(),
+                hint: format!("apt-get install bash util-linux: {name} is started by them"),
+            })
+        });
+        let mut command = Command::new(bash?);
+        command.args(["-c", CLOSE_AND_EXEC, "bash"]);
+        command.arg(setpriv?).args(["--pdeathsig", "KILL"]);
+        command.arg(program);
         for (name, value) in &start.environment {
             match value {
                 Some(value) => command.env(name, value),
@@ -265,6 +272,20 @@ mod tests {
             log: folder.join("log"),
         })
         .unwrap()
+    }
+
+    #[test]
+    fn a_child_has_no_descriptor_of_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = File::open(folder.path()).unwrap();
+        // As libraries in C open theirs.
+        let flags = nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty());
+        nix::fcntl::fcntl(&held, flags).unwrap();
+        let mut child = shell("ls -l /proc/self/fd", folder.path());
+        child.wait(Duration::from_secs(5)).unwrap();
+        let (log, ours) = (child.log(), folder.path().display().to_string());
+        assert!(log.contains(&format!("{ours}/log")), "{log}");
+        assert!(!log.lines().any(|line| line.ends_with(&ours)), "{log}");
     }
 
     #[test]

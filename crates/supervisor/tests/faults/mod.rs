@@ -6,12 +6,12 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::Command,
     time::Duration,
 };
 
 use nix::sys::signal::Signal;
 use shared::time::Clock;
+use stand::step::ClockStep;
 
 use crate::world::{World, boards_of, eventually, lives, send, workers_of};
 
@@ -159,33 +159,10 @@ fn fault_07_health_does_not_wait_for_a_message() {
 fn fault_09_a_clock_step_kills_nobody() {
     // The wall clock of supervisor and workers is what a file says; the machine's own is left alone.
     let mut world = World::new(SHORT);
-    let source = r#"
-        #define _GNU_SOURCE
-        #include <dlfcn.h>
-        #include <stdio.h>
-        #include <stdlib.h>
-        #include <time.h>
-        int clock_gettime(clockid_t id, struct timespec *now) {
-            static int (*real)(clockid_t, struct timespec *);
-            if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
-            int done = real(id, now);
-            FILE *file = id == CLOCK_REALTIME ? fopen(getenv("CLOCK_STEP"), "r") : NULL;
-            long step = 0;
-            if (file) { if (fscanf(file, "%ld", &step) == 1) now->tv_sec += step; fclose(file); }
-            return done;
-        }"#;
-    let folder = world.folder.path().to_owned();
-    let (library, step) = (folder.join("step.so"), folder.join("step"));
-    fs::write(folder.join("step.c"), source).unwrap();
-    let built = Command::new("cc")
-        .args(["-shared", "-fPIC", "-o"])
-        .args([&library, &folder.join("step.c")])
-        .arg("-ldl")
-        .status();
-    assert!(built.unwrap().success(), "a C compiler builds the step");
+    let step = ClockStep::new().unwrap();
     let supervisor = Path::new(env!("CARGO_BIN_EXE_supervisor"));
     let mut command = world.command(supervisor, &["--shards", "0-1"], "");
-    command.env("LD_PRELOAD", &library).env("CLOCK_STEP", &step);
+    command.envs(step.environment());
     world.spawn(command);
     let workers = world.await_workers(3);
     (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
@@ -202,7 +179,7 @@ fn fault_09_a_clock_step_kills_nobody() {
     };
     let mut days = vec![day(&world)];
     for (seconds, age) in [(86_400_i64, "state_age=4."), (-86_400, "state_age=8.")] {
-        fs::write(&step, seconds.to_string()).unwrap();
+        step.set(seconds).unwrap();
         (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy", age])));
         days.push(day(&world));
     }
