@@ -1,7 +1,7 @@
 //! A worker that does nothing but what `STUB` says: the supervisor's own tests start it in the worker's place.
 //!
-//! In:     the launch record; `STUB`: empty, `deaf`, `boot`, `pressed`, `mute`, `orphan`, `exit:<code>`, or `@<file>` that says
-//!         one of them and is read again and again.
+//! In:     the launch record; `STUB`: empty, `deaf`, `boot`, `pressed`, `mute`, `orphan`, `greedy` (that of slot 0 takes
+//!         memory without end), `exit:<code>`, or `@<file>` that says one of them and is read again and again.
 //! Out:    beats on the board; an exit code.
 //! Knows:  the contract, as a worker does.
 
@@ -36,7 +36,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     if launch.role == Role::Check {
         std::io::Write::write_all(&mut std::io::stdout(), b"ok: stub\n")?;
     }
-    let (mut greeted, mut orphaned) = (false, false);
+    let (mut greeted, mut orphaned, mut taken) = (false, false, Vec::new());
     loop {
         let manner = manner();
         if let Some(code) = manner.strip_prefix("exit:") {
@@ -63,6 +63,10 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
             let mut shell = Command::new("/bin/sh");
             shell.args(["-c", "for i in 1 2 3; do (exec sleep 0.5) & done"]);
             shell.status()?;
+        }
+        if manner == "greedy" && launch.slot == 0 {
+            // Touched, not only asked for.
+            taken.extend(vec![1_u8; 8 << 20]);
         }
         // A deaf one has been asked, and its waits are none.
         if deaf && stop.requested() {

@@ -12,6 +12,8 @@
 )]
 
 mod faults;
+mod figures;
+mod limits;
 mod systemd;
 mod world;
 

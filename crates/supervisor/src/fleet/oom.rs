@@ -1,9 +1,9 @@
 //! Whether the kernel killed something of our cgroup for memory.
 //!
-//! In:     `memory.events` of the cgroup that this process is in.
+//! In:     the counts of the cgroup that this process is in: `memory.events`, or `memory.oom_control` of version 1.
 //! Out:    whether its count of kills has grown since it was last asked.
 //! Keeps:  where there is no such file, nothing is put down to memory.
-//! Knows:  cgroups of version 2.
+//! Knows:  cgroups.
 //! Source: docs/supervision.md 3.
 
 use std::{
@@ -21,12 +21,9 @@ pub(crate) struct Memory {
 impl Memory {
     /// That of the cgroup of this process.
     pub(crate) fn of_this_process() -> Self {
-        let cgroup = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let path = cgroup
-            .lines()
-            .find_map(|line| line.strip_prefix("0::/"))
-            .unwrap_or_default();
-        Self::at(Path::new("/sys/fs/cgroup").join(path).join("memory.events"))
+        Self::at(events(
+            &fs::read_to_string("/proc/self/cgroup").unwrap_or_default(),
+        ))
     }
 
     fn at(events: PathBuf) -> Self {
@@ -42,6 +39,21 @@ impl Memory {
     }
 }
 
+/// Where the kills of a process's cgroup are counted. With both versions on one machine, memory belongs to the one that lists it.
+fn events(cgroups: &str) -> PathBuf {
+    let root = Path::new("/sys/fs/cgroup");
+    let of_memory = cgroups.lines().find_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
+        let mut controllers = controllers.split(',');
+        controllers.any(|name| name == "memory").then_some(path)
+    });
+    let unified = cgroups.lines().find_map(|line| line.strip_prefix("0::/"));
+    match of_memory {
+        Some(path) => root.join("memory").join(path).join("memory.oom_control"),
+        None => root.join(unified.unwrap_or_default()).join("memory.events"),
+    }
+}
+
 fn kills(events: &Path) -> u64 {
     let text = fs::read_to_string(events).unwrap_or_default();
     let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
@@ -53,6 +65,25 @@ fn kills(events: &Path) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_counts_of_either_version_are_found() {
+        for (cgroups, found) in [
+            (
+                "0::/system.slice/spanbuf.service\n",
+                "system.slice/spanbuf.service/memory.events",
+            ),
+            ("0::/\n", "memory.events"),
+            (
+                "9:name=systemd:/\n4:memory:/a/b\n0::/\n",
+                "memory/a/b/memory.oom_control",
+            ),
+            ("3:cpu,memory:/\n", "memory/memory.oom_control"),
+            ("", "memory.events"),
+        ] {
+            assert_eq!(events(cgroups), Path::new("/sys/fs/cgroup").join(found));
+        }
+    }
 
     #[test]
     fn a_kill_is_told_once() {
