@@ -12,8 +12,8 @@ use stand::{eventually, kafka::Kafka, launch::Worker, pause, rng::Rng, step::Clo
 
 use crate::world::{LONG, SHARDS, World, settings, traffic};
 
-/// Budgets as short as the configuration lets through, and no end of restarts.
-const SETTINGS: &str = "supervision.hang = \"3s\"\nsupervision.boot = \"6s\"\nredis.timeout = \"200ms\"\nintake.batch_time = \"500ms\"\n\
+/// Budgets as short as the configuration lets through, that of a wait for Kafka too, and no end of restarts.
+const SETTINGS: &str = "supervision.hang = \"3s\"\nsupervision.boot = \"6s\"\nsupervision.blocked = \"10s\"\nflush.delivery_timeout = \"8s\"\nredis.timeout = \"200ms\"\nintake.batch_time = \"500ms\"\n\
                         supervision.max_restarts = 100000\nsupervision.stable = \"1s\"\n";
 /// Spans sent before each blow.
 const SPANS: usize = 300;
@@ -118,16 +118,20 @@ fn strike(
         Blow::Worker(signal) => {
             let said = format!(" pid={} ", worker.pid);
             worker.signal(signal).unwrap();
-            return Some(eventually(LONG, "word of its end", || {
-                if signal == Signal::SIGSEGV {
-                    // The runtime takes the first for a fault that comes again, and waits for it.
-                    worker.signal(signal).unwrap();
-                }
-                let log = world.log();
-                let mut lines = log.lines().rev();
-                let told = lines.any(|line| line.contains(&said) && line.contains(" cause="));
-                told.then(Clock::mono_now)
-            }));
+            return Some(eventually(
+                LONG,
+                &format!("word of the end of {worker:?} by {signal}"),
+                || {
+                    if signal == Signal::SIGSEGV {
+                        // The runtime takes the first for a fault that comes again, and waits for it.
+                        worker.signal(signal).unwrap();
+                    }
+                    let log = world.log();
+                    let mut lines = log.lines().rev();
+                    let told = lines.any(|line| line.contains(&said) && line.contains(" cause="));
+                    told.then(Clock::mono_now)
+                },
+            ));
         }
         Blow::Pause => {
             worker.signal(Signal::SIGSTOP).unwrap();
