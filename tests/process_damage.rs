@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use shared::time::{Clock, UnixMillis};
-use stand::kafka::Kafka;
+use stand::{kafka::Kafka, traffic::SpanMessage};
 
 use crate::world::{LONG, SHARDS, World, inserted, message, settings, span, traffic};
 
@@ -271,4 +271,59 @@ fn a_broker_that_goes_away_at_work_and_comes_back_costs_nothing() {
     );
     world.settle();
     world.assert_store_is_even();
+}
+
+#[test]
+fn a_journal_that_is_never_read_in_time_is_put_off_and_delays_nobody() {
+    const TRACE: &str = "5105105105105105105105105105105f";
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.plan.settings = settings("redis.timeout = \"300ms\"\n");
+    let slow = |arguments: &[&[u8]]| {
+        arguments
+            .first()
+            .is_some_and(|name| name.eq_ignore_ascii_case(b"HKEYS"))
+            && arguments
+                .get(1)
+                .is_some_and(|key| key.ends_with(TRACE.as_bytes()))
+    };
+    world.start();
+    let payload = span(TRACE, "1111111111111111", None, 900_000, 0);
+    let alone = SpanMessage {
+        serial: Some(900_000),
+        ..message(0, Clock::wall_now(), payload)
+    };
+    let mut holds = vec![world.proxy.hold_when(slow)];
+    world.send_raw(0, alone.arrival, Some(&alone.payload));
+    world.send(&traffic(46, 1_000, 1));
+    // Each time that it is asked for, the question stays where it is.
+    let put_off = format!("{TRACE} is put off by 600s");
+    while !world.log().contains(&put_off) {
+        let reached = holds.last().is_some_and(|hold| hold.reached(LONG));
+        assert!(reached, "{}: {}", holds.len(), world.log());
+        holds.push(world.proxy.hold_when(slow));
+        world.read_some();
+    }
+    // Two questions a look, and three looks; the last hold is idle.
+    assert!(holds.len() > 6, "{}", holds.len());
+    drop(holds);
+    world.await_all();
+    // Nothing of it is lost: it comes when its score says so.
+    world.ledger.sent_all(std::slice::from_ref(&alone)).unwrap();
+    let mut connection = world.redis.connection().unwrap();
+    let queue = "span-buf:{0.0}:q";
+    let members: Vec<Vec<u8>> = redis::cmd("ZRANGE")
+        .arg(queue)
+        .arg(0)
+        .arg(-1)
+        .query(&mut connection)
+        .unwrap();
+    assert_eq!(members.len(), 1);
+    let _: i64 = redis::cmd("ZADD")
+        .arg(queue)
+        .arg(1)
+        .arg(&members[0])
+        .query(&mut connection)
+        .unwrap();
+    world.await_all();
+    world.settle_exact();
 }

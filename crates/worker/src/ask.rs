@@ -57,6 +57,15 @@ pub fn ask(
     Ok(answers.into_iter().flatten().collect())
 }
 
+/// Sends all commands once: one that met an outage is answered with it.
+pub fn ask_once(client: &mut Client, beat: &mut Beat, commands: &[Command]) -> Vec<Answer> {
+    let phase = beat.phase_now();
+    beat.phase(Phase::Redis);
+    let answers = client.run(commands);
+    beat.phase(phase);
+    answers
+}
+
 /// As [`ask`], for commands that only a broken store refuses: a refusal is said and the commands are sent again.
 ///
 /// # Errors

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     Ended,
-    ask::{Answer, ask},
+    ask::{Answer, ask, ask_once},
     beat::Beat,
 };
 
@@ -202,7 +202,8 @@ pub fn put_off_all(
     Ok(())
 }
 
-/// Looks at traces, the nodes side by side; gives a journal for each, or the trace whose look failed.
+/// Looks at traces; gives a journal for each, or the trace whose look failed. What is not answered together is asked one by one,
+/// each when Redis takes its lift again: then it is the journal that takes too long, and it must not stand before all others for ever.
 fn look_at(
     client: &mut Client,
     beat: &mut Beat,
@@ -210,34 +211,79 @@ fn look_at(
     root_timeout: Duration,
     ttl: Duration,
 ) -> Result<Vec<Result<Journal, Due>>, Ended> {
+    if let Some(looked) = look_once(client, beat, group.clone(), root_timeout, ttl) {
+        return Ok(looked);
+    }
+    let mut looked = Vec::with_capacity(group.len());
+    for due in group {
+        let proof = lift(std::slice::from_ref(&due), root_timeout, ttl);
+        ask(
+            client,
+            beat,
+            "look at journals",
+            proof.into_iter().collect(),
+        )?;
+        match look_once(client, beat, vec![due.clone()], root_timeout, ttl) {
+            Some(alone) => looked.extend(alone),
+            None => {
+                error!(
+                    "look at journal shard={} member={}: no answer, though redis answers (is it too large for redis.timeout?)",
+                    due.bucket.shard, due.member
+                );
+                looked.push(Err(due));
+            }
+        }
+    }
+    Ok(looked)
+}
+
+/// Looks at traces, the nodes side by side; none when a part was not answered.
+fn look_once(
+    client: &mut Client,
+    beat: &mut Beat,
+    group: Vec<Due>,
+    root_timeout: Duration,
+    ttl: Duration,
+) -> Option<Vec<Result<Journal, Due>>> {
     let groups = by_bucket(group);
     let mut commands = Vec::new();
     for group in &groups {
         let Some(first) = group.first() else { continue };
-        let (bucket, lifted) = (first.bucket, first.now.after(root_timeout));
-        let members = group
-            .iter()
-            .map(|due| (due.member.clone(), lifted))
-            .collect();
-        let lift = QueueCall {
-            bucket,
-            ttl,
-            mode: QueueMode::Lift,
-            members,
-        };
-        commands.extend([lift.command(), Command::position(bucket)]);
+        let bucket = first.bucket;
+        commands.extend(lift(group, root_timeout, ttl));
+        commands.push(Command::position(bucket));
         commands.extend(
             group
                 .iter()
                 .map(|due| Command::headers(bucket, &due.member)),
         );
     }
-    let mut answers = ask(client, beat, "look at journals", commands)?.into_iter();
-    let mut looked = Vec::new();
+    let answers = ask_once(client, beat, &commands);
+    let is_outage = |answer: &Answer| matches!(answer, Err(refusal) if refusal.is_outage());
+    if answers.iter().any(is_outage) {
+        return None;
+    }
+    let (mut answers, mut looked) = (answers.into_iter(), Vec::new());
     for group in groups {
         looked.extend(looked_at(group, &mut answers));
     }
-    Ok(looked)
+    Some(looked)
+}
+
+/// Lifts the scores of traces of one bucket; none of none.
+fn lift(group: &[Due], root_timeout: Duration, ttl: Duration) -> Option<Command> {
+    let first = group.first()?;
+    let lifted = first.now.after(root_timeout);
+    let call = QueueCall {
+        bucket: first.bucket,
+        ttl,
+        mode: QueueMode::Lift,
+        members: group
+            .iter()
+            .map(|due| (due.member.clone(), lifted))
+            .collect(),
+    };
+    Some(call.command())
 }
 
 /// Reads the answers of one bucket: as many as its part of the commands has.
