@@ -20,8 +20,8 @@ use stand::{
 };
 use store::{
     client::{CheckError, Client, Command, Reply, reply},
-    keys::{Bucket, Member, position_key},
-    scripts::{PositionCall, PositionReply},
+    keys::{Bucket, Member, journal_key, position_key},
+    scripts::{ClearCall, ClearReply, FieldOut, PositionCall, PositionReply},
 };
 
 const SHARDS: u32 = 4;
@@ -405,6 +405,88 @@ fn every_node_is_proved_and_named() {
         matches!(down, CheckError::ClusterDown { .. }) && down.is_outage(),
         "{down}"
     );
+}
+
+#[test]
+fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
+    let cluster = Cluster::start().unwrap();
+    let mut client = client(&cluster, Duration::from_secs(2));
+    // The journal, or the queue, or both of them end with it; one of the fields was taken before.
+    for (shard, held, queued) in [(0, 1, 1), (1, 1, 2), (2, 2, 1)] {
+        let bucket = client.buckets().first(ShardId(shard));
+        let journal = journal_key(bucket, &member(1));
+        let slot = cluster.slot_of(&journal).unwrap();
+        let from = cluster.owner(slot).unwrap();
+        let mut direct = cluster.connection(from).unwrap();
+        let field = |number: usize| format!("field-{number}").into_bytes();
+        for number in 0..held {
+            redis::cmd("HSET")
+                .arg(&journal)
+                .arg(field(number))
+                .arg("chunk")
+                .exec(&mut direct)
+                .unwrap();
+        }
+        let members: Vec<_> = (1..=queued)
+            .map(|trace| (member(trace), UnixMillis(5)))
+            .collect();
+        insist(
+            &mut client,
+            &[
+                Command::enqueue(bucket, &members),
+                Command::set_in_sum(bucket, "produced", 100),
+            ],
+        );
+        let migration = cluster.begin_migration(slot, (from + 1) % MASTERS).unwrap();
+        let out = |field: Vec<u8>| FieldOut {
+            field,
+            produced: 13,
+            repeats: 1,
+            dropped: vec![],
+        };
+        let clear = ClearCall {
+            bucket,
+            member: member(1),
+            ttl: TTL,
+            next_look: (held > 1).then_some(UnixMillis(4)),
+            fields: vec![out(field(0)), out(b"taken".to_vec())],
+        };
+        let value = insist(&mut client, &[clear.command()]).remove(0);
+        let score = (held > 1).then_some(UnixMillis(4));
+        let left = u64::try_from(held).unwrap() - 1;
+        assert_eq!(
+            ClearReply::read(&value),
+            Ok(ClearReply {
+                removed: 1,
+                left,
+                score
+            }),
+            "shard {shard}"
+        );
+        let sum = insist(&mut client, &[Command::sum(bucket)]).remove(0);
+        let mut sum = reply::counters(&sum);
+        sum.sort();
+        let expected = [("produced", 113), ("repeats", 1)];
+        assert_eq!(
+            sum,
+            expected.map(|(name, amount)| (name.to_owned(), amount)),
+            "shard {shard}"
+        );
+        cluster.end_migration(migration).unwrap();
+        let values = insist(
+            &mut client,
+            &[
+                Command::queue_len(bucket),
+                Command::entries(bucket, &member(1)),
+            ],
+        );
+        let traces = queued - u64::from(held == 1);
+        assert_eq!(
+            values.iter().map(reply::number).collect::<Vec<_>>(),
+            [Some(traces), Some(left)],
+            "shard {shard}"
+        );
+    }
 }
 
 #[test]
