@@ -22,7 +22,7 @@ fn world(kafka: Kafka, replicas: usize) -> World {
 }
 
 fn cluster(world: &mut World) -> &mut Cluster {
-    world.cluster.as_mut().expect("a world on a cluster")
+    world.redis.cluster()
 }
 
 /// Sends and reads for that long.
@@ -41,10 +41,9 @@ fn play(world: &mut World, seed: u64, length: Duration) {
 }
 
 /// The slot of a bucket, with the slice of these worlds.
-fn slot(world: &World, shard: u32, bucket: u32) -> u16 {
-    let key = format!("span-buf:{{3-{shard}.{bucket}}}:pos");
-    let cluster = world.cluster.as_ref().expect("a world on a cluster");
-    cluster.slot_of(key.as_bytes()).unwrap()
+fn slot(world: &mut World, shard: u32, bucket: u32) -> u16 {
+    let key = world.redis.key(shard, bucket, "pos");
+    cluster(world).slot_of(key.as_bytes()).unwrap()
 }
 
 fn the_whole_way(kafka: Kafka) {
@@ -123,7 +122,7 @@ fn slots_that_move_under_traffic_lose_and_double_nothing() {
     let mut world = world(Kafka::mock(SHARDS).unwrap(), 0);
     play(&mut world, 60, Duration::from_secs(2));
     for (shard, bucket) in [(0, 0), (1, 2), (3, 3)] {
-        let slot = slot(&world, shard, bucket);
+        let slot = slot(&mut world, shard, bucket);
         let to = (cluster(&mut world).owner(slot).unwrap() + 1) % MASTERS;
         let migration = cluster(&mut world).begin_migration(slot, to).unwrap();
         // Half of it is there and half is not, for some batches.
