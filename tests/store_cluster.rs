@@ -16,6 +16,7 @@ use shared::{
 };
 use stand::{
     cluster::{Cluster, MASTERS},
+    proxy::Proxy,
     redis::Redis,
 };
 use store::{
@@ -320,6 +321,52 @@ fn a_node_that_is_away_keeps_only_its_own_part_waiting_and_in_time() {
         insist(&mut client, &questions);
     }
     assert_distinct(&mut client, 1);
+}
+
+#[test]
+fn replies_that_are_late_and_connections_that_are_cut_mix_no_reply() {
+    let mut proxy = Proxy::empty();
+    let cluster = Cluster::start_behind(&mut proxy, 0, &[]).unwrap();
+    let mut client = client(&cluster, Duration::from_millis(300));
+    let buckets = buckets(&client);
+    let questions: Vec<Command> = buckets
+        .iter()
+        .map(|&bucket| Command::position(bucket))
+        .collect();
+    assert_distinct(&mut client, 0);
+    for round in 1..=3 {
+        // One node's reply comes when nobody waits for it any more.
+        let hold = proxy.hold_reply("HGET");
+        let replies = client.run(&questions);
+        assert!(hold.reached(Duration::ZERO));
+        let lost = replies.iter().filter(|reply| reply.is_err()).count();
+        assert!(lost > 0 && lost < replies.len(), "{lost}");
+        hold.release();
+        assert_distinct(&mut client, round);
+    }
+    let seats =
+        |client: &Client| -> Vec<_> { buckets.iter().map(|&bucket| client.seat(bucket)).collect() };
+    let (before, done) = (seats(&client), AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                stand::pause(Duration::from_millis(25));
+                proxy.cut();
+            }
+        });
+        for round in 4..14 {
+            assert_distinct(&mut client, round);
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let after = seats(&client);
+    assert!(
+        before
+            .iter()
+            .zip(&after)
+            .all(|(before, after)| before != after),
+        "not every node's connection was cut"
+    );
 }
 
 #[test]
