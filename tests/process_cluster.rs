@@ -145,3 +145,52 @@ fn a_planned_fail_over_loses_and_doubles_nothing() {
     world.await_all();
     world.settle_exact();
 }
+
+#[test]
+fn a_node_that_went_back_loses_nothing() {
+    let mut world = world(Kafka::mock(SHARDS).unwrap(), 0);
+    play(&mut world, 84, Duration::from_secs(3));
+    cluster(&mut world).node(1).save().unwrap();
+    // What its buckets get now is gone in a moment; those of the others is not, and is taken from nobody twice.
+    play(&mut world, 85, Duration::from_secs(3));
+    cluster(&mut world).node_mut(1).restart_as_saved().unwrap();
+    play(&mut world, 86, Duration::from_secs(3));
+    world.await_all();
+    world.drain();
+    let balance = world.read_rest();
+    assert!(
+        balance.missing.is_empty() && balance.is_clean(),
+        "{balance}"
+    );
+    world.assert_store_is_even();
+    let word = "its node went back, or there is a second writer";
+    assert!(world.said.contains(word), "{}", world.said);
+}
+
+#[test]
+fn a_cluster_that_is_worked_on_all_the_time_loses_and_doubles_nothing() {
+    let mut world = world(Kafka::mock(SHARDS).unwrap(), 1);
+    play(&mut world, 87, Duration::from_secs(2));
+    cluster(&mut world).node_mut(0).pause().unwrap();
+    play(&mut world, 88, AWAY);
+    cluster(&mut world).node_mut(0).resume().unwrap();
+    cluster(&mut world).await_ok().unwrap();
+    play(&mut world, 89, Duration::from_secs(2));
+    cluster(&mut world).node_mut(2).stop().unwrap();
+    cluster(&mut world).node_mut(2).start_again().unwrap();
+    play(&mut world, 90, Duration::from_secs(2));
+    cluster(&mut world).await_ok().unwrap();
+    let slot = slot(&mut world, 2, 1);
+    let to = (cluster(&mut world).owner(slot).unwrap() + 1) % MASTERS;
+    let migration = cluster(&mut world).begin_migration(slot, to).unwrap();
+    play(&mut world, 91, Duration::from_secs(1));
+    cluster(&mut world).move_keys(migration, 5).unwrap();
+    play(&mut world, 92, Duration::from_secs(2));
+    cluster(&mut world).end_migration(migration).unwrap();
+    play(&mut world, 93, Duration::from_secs(1));
+    cluster(&mut world).fail_over(1 + MASTERS).unwrap();
+    play(&mut world, 94, Duration::from_secs(3));
+    world.await_all();
+    cluster(&mut world).await_ok().unwrap();
+    world.settle_exact();
+}
