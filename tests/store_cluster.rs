@@ -458,9 +458,15 @@ fn every_node_is_proved_and_named() {
 fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
     let cluster = Cluster::start().unwrap();
     let mut client = client(&cluster, Duration::from_secs(2));
-    // The journal, or the queue, or both of them end with it; one of the fields was taken before.
-    for (shard, held, queued) in [(0, 1, 1), (1, 1, 2), (2, 2, 1)] {
-        let bucket = client.buckets().first(ShardId(shard));
+    // The journal, or the queue, or both of them end with it; one of the fields was taken before. The keys are here still, or
+    // there already.
+    let cases = [(0, 1, 1), (1, 1, 2), (2, 2, 1)];
+    for ((shard, held, queued), moved) in cases
+        .into_iter()
+        .flat_map(|case| [(case, false), (case, true)])
+    {
+        let mut buckets = client.buckets().of_shard(ShardId(shard));
+        let bucket = buckets.nth(usize::from(moved)).unwrap();
         let journal = journal_key(bucket, &member(1));
         let slot = cluster.slot_of(&journal).unwrap();
         let from = cluster.owner(slot).unwrap();
@@ -485,6 +491,9 @@ fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
             ],
         );
         let migration = cluster.begin_migration(slot, (from + 1) % MASTERS).unwrap();
+        if moved {
+            cluster.move_keys(migration, 100).unwrap();
+        }
         let out = |field: Vec<u8>| FieldOut {
             field,
             produced: 13,
@@ -508,7 +517,7 @@ fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
                 left,
                 score
             }),
-            "shard {shard}"
+            "shard {shard} moved {moved}"
         );
         let sum = insist(&mut client, &[Command::sum(bucket)]).remove(0);
         let mut sum = reply::counters(&sum);
@@ -517,7 +526,7 @@ fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
         assert_eq!(
             sum,
             expected.map(|(name, amount)| (name.to_owned(), amount)),
-            "shard {shard}"
+            "shard {shard} moved {moved}"
         );
         cluster.end_migration(migration).unwrap();
         let values = insist(
@@ -531,7 +540,7 @@ fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
         assert_eq!(
             values.iter().map(reply::number).collect::<Vec<_>>(),
             [Some(traces), Some(left)],
-            "shard {shard}"
+            "shard {shard} moved {moved}"
         );
     }
 }
