@@ -102,9 +102,11 @@ fn await_inserted(world: &World, spans: u64) {
 fn a_backlog_that_is_read_slowly_splits_no_segment() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     // One message a batch, and a slow store: a trace's parts are read further apart than any timeout, and stand two seconds
-    // apart by their own time.
+    // apart by their own time. Workers read side by side.
     world.plan.settings = world.settings("intake.batch_spans = 1\n");
-    world.proxy.slow(Duration::from_millis(60));
+    world
+        .proxy
+        .slow(Duration::from_millis(60) * world.plan.ingest_workers);
     let begin = ago(Duration::from_secs(3_600));
     let traces: Vec<Vec<SpanMessage>> = (0..20_u32)
         .map(|index| {
