@@ -26,6 +26,9 @@ end
 redis.call('PEXPIRE', KEYS[1], ARGV[1])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 
+-- In a slot that is on its way to another node, nothing may touch a key that is no more: neither the journal that its last field
+-- has left, nor the queue that its last member has.
+local left = redis.call('HLEN', KEYS[1])
 local removed = 0
 local sums = {}
 local function add(name, amount)
@@ -37,8 +40,9 @@ end
 local at = 5
 while at <= #ARGV do
   local reasons = tonumber(ARGV[at + 3])
-  if redis.call('HDEL', KEYS[1], ARGV[at]) == 1 then
+  if left > 0 and redis.call('HDEL', KEYS[1], ARGV[at]) == 1 then
     removed = removed + 1
+    left = left - 1
     add('produced', tonumber(ARGV[at + 1]))
     add('repeats', tonumber(ARGV[at + 2]))
     for reason = at + 4, at + 3 + 2 * reasons, 2 do
@@ -48,15 +52,18 @@ while at <= #ARGV do
   at = at + 4 + 2 * reasons
 end
 
-local left = redis.call('HLEN', KEYS[1])
+local score = ''
 if left == 0 then
   redis.call('ZREM', KEYS[2], ARGV[3])
-elseif ARGV[4] ~= '' then
-  redis.call('ZADD', KEYS[2], 'LT', ARGV[4], ARGV[3])
+else
+  if ARGV[4] ~= '' then
+    redis.call('ZADD', KEYS[2], 'LT', ARGV[4], ARGV[3])
+  end
+  redis.call('PEXPIRE', KEYS[2], ARGV[2])
+  score = redis.call('ZSCORE', KEYS[2], ARGV[3]) or ''
 end
 for name, amount in pairs(sums) do
   redis.call('HINCRBY', KEYS[3], name, string.format('%.0f', amount))
 end
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
 redis.call('PEXPIRE', KEYS[3], ARGV[2])
-return {removed, left, redis.call('ZSCORE', KEYS[2], ARGV[3]) or ''}
+return {removed, left, score}

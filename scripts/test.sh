@@ -3,6 +3,7 @@
 #
 # scripts/test.sh                 everything
 # scripts/test.sh process [n]     the process tests alone, n times in a row (default 1)
+# scripts/test.sh cluster [n]     the process tests with a Redis Cluster of three in the place of the single server, n times in a row
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/needs.sh
@@ -23,11 +24,20 @@ process() {
     done
 }
 
-if [ "${1:-}" = process ]; then
+cluster() {
+    for ((run = 1; run <= $1; run++)); do
+        step "process tests on a cluster, run $run of $1"
+        STORE=cluster cargo test --quiet --package e2e --test process
+    done
+}
+
+case "${1:-}" in
+process | cluster)
     cargo build --workspace --bins
-    process "${2:-1}"
+    "$1" "${2:-1}"
     exit
-fi
+    ;;
+esac
 
 step "format"
 cargo fmt --all --check

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use shared::time::{Clock, MonoNanos};
 use stand::{eventually, kafka::Kafka, launch::Worker, pause, rng::Rng, step::ClockStep};
 
-use crate::world::{LONG, SHARDS, World, settings, traffic};
+use crate::world::{LONG, SHARDS, World, traffic};
 
 /// Budgets as short as the configuration lets through, that of a wait for Kafka too, and no end of restarts.
 const SETTINGS: &str = "supervision.hang = \"3s\"\nsupervision.boot = \"6s\"\nsupervision.blocked = \"10s\"\nflush.delivery_timeout = \"8s\"\nredis.timeout = \"200ms\"\nintake.batch_time = \"500ms\"\n\
@@ -58,7 +58,7 @@ fn chaos_loses_nothing_and_leaves_nothing() {
     let mut rng = Rng::new(seed);
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     let step = ClockStep::new().unwrap();
-    world.plan.settings = settings(SETTINGS);
+    world.plan.settings = world.settings(SETTINGS);
     world.plan.environment = step.environment();
     world.start();
     await_all_at_work(&mut world);
@@ -144,7 +144,7 @@ fn strike(
             pause(outage);
             world.proxy.release();
         }
-        Blow::RedisRestart => world.redis.restart_with_data().unwrap(),
+        Blow::RedisRestart => world.redis.restart_with_data(),
         Blow::KafkaDown => {
             let Kafka::Mock(mock) = &world.kafka else {
                 unreachable!("the mock was asked for")

@@ -22,7 +22,7 @@ fn world(kafka: Kafka, replicas: usize) -> World {
 }
 
 fn cluster(world: &mut World) -> &mut Cluster {
-    world.cluster.as_mut().expect("a world on a cluster")
+    world.redis.cluster()
 }
 
 /// Sends and reads for that long.
@@ -41,10 +41,9 @@ fn play(world: &mut World, seed: u64, length: Duration) {
 }
 
 /// The slot of a bucket, with the slice of these worlds.
-fn slot(world: &World, shard: u32, bucket: u32) -> u16 {
-    let key = format!("span-buf:{{3-{shard}.{bucket}}}:pos");
-    let cluster = world.cluster.as_ref().expect("a world on a cluster");
-    cluster.slot_of(key.as_bytes()).unwrap()
+fn slot(world: &mut World, shard: u32, bucket: u32) -> u16 {
+    let key = world.redis.key(shard, bucket, "pos");
+    cluster(world).slot_of(key.as_bytes()).unwrap()
 }
 
 fn the_whole_way(kafka: Kafka) {
@@ -123,7 +122,7 @@ fn slots_that_move_under_traffic_lose_and_double_nothing() {
     let mut world = world(Kafka::mock(SHARDS).unwrap(), 0);
     play(&mut world, 60, Duration::from_secs(2));
     for (shard, bucket) in [(0, 0), (1, 2), (3, 3)] {
-        let slot = slot(&world, shard, bucket);
+        let slot = slot(&mut world, shard, bucket);
         let to = (cluster(&mut world).owner(slot).unwrap() + 1) % MASTERS;
         let migration = cluster(&mut world).begin_migration(slot, to).unwrap();
         // Half of it is there and half is not, for some batches.
@@ -144,5 +143,54 @@ fn a_planned_fail_over_loses_and_doubles_nothing() {
     cluster(&mut world).fail_over(1 + MASTERS).unwrap();
     play(&mut world, 83, Duration::from_secs(3));
     world.await_all();
+    world.settle_exact();
+}
+
+#[test]
+fn a_node_that_went_back_loses_nothing() {
+    let mut world = world(Kafka::mock(SHARDS).unwrap(), 0);
+    play(&mut world, 84, Duration::from_secs(3));
+    cluster(&mut world).node(1).save().unwrap();
+    // What its buckets get now is gone in a moment; those of the others is not, and is taken from nobody twice.
+    play(&mut world, 85, Duration::from_secs(3));
+    cluster(&mut world).node_mut(1).restart_as_saved().unwrap();
+    play(&mut world, 86, Duration::from_secs(3));
+    world.await_all();
+    world.drain();
+    let balance = world.read_rest();
+    assert!(
+        balance.missing.is_empty() && balance.is_clean(),
+        "{balance}"
+    );
+    world.assert_store_is_even();
+    let word = "its node went back, or there is a second writer";
+    assert!(world.said.contains(word), "{}", world.said);
+}
+
+#[test]
+fn a_cluster_that_is_worked_on_all_the_time_loses_and_doubles_nothing() {
+    let mut world = world(Kafka::mock(SHARDS).unwrap(), 1);
+    play(&mut world, 87, Duration::from_secs(2));
+    cluster(&mut world).node_mut(0).pause().unwrap();
+    play(&mut world, 88, AWAY);
+    cluster(&mut world).node_mut(0).resume().unwrap();
+    cluster(&mut world).await_ok().unwrap();
+    play(&mut world, 89, Duration::from_secs(2));
+    cluster(&mut world).node_mut(2).stop().unwrap();
+    cluster(&mut world).node_mut(2).start_again().unwrap();
+    play(&mut world, 90, Duration::from_secs(2));
+    cluster(&mut world).await_ok().unwrap();
+    let slot = slot(&mut world, 2, 1);
+    let to = (cluster(&mut world).owner(slot).unwrap() + 1) % MASTERS;
+    let migration = cluster(&mut world).begin_migration(slot, to).unwrap();
+    play(&mut world, 91, Duration::from_secs(1));
+    cluster(&mut world).move_keys(migration, 5).unwrap();
+    play(&mut world, 92, Duration::from_secs(2));
+    cluster(&mut world).end_migration(migration).unwrap();
+    play(&mut world, 93, Duration::from_secs(1));
+    cluster(&mut world).fail_over(1 + MASTERS).unwrap();
+    play(&mut world, 94, Duration::from_secs(3));
+    world.await_all();
+    cluster(&mut world).await_ok().unwrap();
     world.settle_exact();
 }

@@ -10,7 +10,7 @@ use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use shared::time::{Clock, UnixMillis};
 use stand::{kafka::Kafka, traffic::SpanMessage};
 
-use crate::world::{LONG, SHARDS, World, inserted, message, settings, span, traffic};
+use crate::world::{LONG, SHARDS, World, message, span, traffic};
 
 #[test]
 fn a_redis_that_went_back_loses_nothing() {
@@ -18,14 +18,14 @@ fn a_redis_that_went_back_loses_nothing() {
     world.start();
     world.send(&traffic(30, 1_000, 1));
     stand::eventually(LONG, "spans in redis", || {
-        (inserted(&world) >= 500).then_some(())
+        (world.redis.inserted() >= 500).then_some(())
     });
-    world.redis.save().unwrap();
+    world.redis.save();
     world.send(&traffic(31, 1_000, 100_000));
     stand::eventually(LONG, "more spans in redis", || {
-        (inserted(&world) >= 1_500).then_some(())
+        (world.redis.inserted() >= 1_500).then_some(())
     });
-    world.redis.restart_as_saved().unwrap();
+    world.redis.restart_as_saved();
     world.send(&traffic(32, 1_000, 200_000));
     world.await_all();
     world.drain();
@@ -51,7 +51,7 @@ fn a_redis_that_lost_everything_loses_nothing() {
     world.start();
     world.send(&traffic(35, 1_500, 1));
     stand::eventually(LONG, "spans in redis", || {
-        (inserted(&world) >= 1_000).then_some(())
+        (world.redis.inserted() >= 1_000).then_some(())
     });
     let committed = || {
         stand::offsets::committed(&world.kafka.brokers(), "spanbuf", stand::kafka::INPUT).unwrap()
@@ -61,7 +61,7 @@ fn a_redis_that_lost_everything_loses_nothing() {
     });
     // What was committed is still buffered: it is read again from the floor that the commits carry.
     assert!(!world.ledger.is_complete());
-    world.redis.flush_all().unwrap();
+    world.redis.flush_all();
     world.send(&traffic(36, 1_000, 100_000));
     world.await_all();
     world.drain();
@@ -79,12 +79,12 @@ fn a_redis_that_is_stopped_and_comes_back_with_its_data_costs_nothing() {
     world.start();
     world.send(&traffic(33, 2_000, 1));
     stand::eventually(LONG, "spans in redis", || {
-        (inserted(&world) >= 500).then_some(())
+        (world.redis.inserted() >= 500).then_some(())
     });
     let workers = world.workers();
     // Frozen first: what is written is what was saved.
     world.proxy.hold();
-    world.redis.restart_with_data().unwrap();
+    world.redis.restart_with_data();
     world.proxy.cut();
     world.proxy.release();
     world.send(&traffic(34, 1_000, 100_000));
@@ -102,10 +102,11 @@ fn a_redis_that_is_stopped_and_comes_back_with_its_data_costs_nothing() {
 #[test]
 fn damaged_bytes_are_a_counted_outcome_and_what_is_of_a_newer_build_stays() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = settings(
-        "buffer.root_timeout = \"5s\"\nintake.batch_spans = 1\nredis.compression = \"none\"\n",
-    )
-    .replacen("buffer.root_timeout = \"1s\"\n", "", 1);
+    world.plan.settings = world
+        .settings(
+            "buffer.root_timeout = \"5s\"\nintake.batch_spans = 1\nredis.compression = \"none\"\n",
+        )
+        .replacen("buffer.root_timeout = \"1s\"\n", "", 1);
     world.start();
     let (damaged, newer) = ("a".repeat(32), "b".repeat(32));
     let now = UnixMillis(Clock::wall_now().0 - 100);
@@ -123,11 +124,11 @@ fn damaged_bytes_are_a_counted_outcome_and_what_is_of_a_newer_build_stays() {
         world.send_raw(0, message.arrival, Some(&message.payload));
     }
     stand::eventually(LONG, "four entries", || {
-        (inserted(&world) >= 4).then_some(())
+        (world.redis.inserted() >= 4).then_some(())
     });
-    let mut connection = world.redis.connection().unwrap();
     for (trace, change) in [(&damaged, 0_usize), (&newer, 1)] {
-        let key = format!("span-buf:{{0.0}}:t:1:{trace}");
+        let (key, _) = world.redis.journals(trace).remove(0);
+        let mut connection = world.redis.connection(&key);
         let entries: Vec<(Vec<u8>, Vec<u8>)> = redis::cmd("HGETALL")
             .arg(&key)
             .query(&mut connection)
@@ -153,21 +154,13 @@ fn damaged_bytes_are_a_counted_outcome_and_what_is_of_a_newer_build_stays() {
     world.ledger.sent(&messages[0].payload).unwrap();
     world.await_all();
     stand::eventually(LONG, "the damage to be counted", || {
-        let dropped: Option<u64> = redis::cmd("HGET")
-            .arg("span-buf:{0.0}:sum")
-            .arg("dropped:corrupt")
-            .query(&mut connection)
-            .unwrap();
-        (dropped == Some(1)).then_some(())
+        (world.redis.sum(0, "dropped:corrupt") == 1).then_some(())
     });
     stand::pause(Duration::from_secs(2));
     world.drain();
     let balance = world.read_rest();
     assert!(balance.is_exact() && balance.produced == 1, "{balance}");
-    let left: u64 = redis::cmd("HLEN")
-        .arg(format!("span-buf:{{0.0}}:t:1:{newer}"))
-        .query(&mut connection)
-        .unwrap();
+    let (_, left) = world.redis.journals(&newer).remove(0);
     assert_eq!(left, 2, "{}", world.said);
 }
 
@@ -177,12 +170,12 @@ fn a_position_that_is_none_is_refused_and_named() {
     world.start();
     world.send(&traffic(37, 400, 1));
     world.await_all();
-    let mut connection = world.redis.connection().unwrap();
+    let key = world.redis.key(0, 0, "pos");
     redis::cmd("HSET")
-        .arg("span-buf:{0.0}:pos")
+        .arg(&key)
         .arg("next")
         .arg("soon")
-        .exec(&mut connection)
+        .exec(&mut world.redis.connection(&key))
         .unwrap();
     let status = world.supervisor().wait_exit(LONG).unwrap();
     assert_eq!(status.code(), Some(78), "{}", world.log());
@@ -205,18 +198,7 @@ fn a_stop_while_kafka_takes_nothing_ends_in_time_and_loses_nothing() {
         Kafka::Real(_) => panic!("a mock was started"),
     }
     stand::eventually(LONG, "a delivery that waits", || {
-        let mut connection = world.redis.connection().unwrap();
-        let queued = |shard: u32, connection: &mut redis::Connection| {
-            let key = format!("span-buf:{{{shard}.0}}:q");
-            redis::cmd("ZCARD")
-                .arg(key)
-                .query::<u64>(connection)
-                .unwrap()
-        };
-        let left: u64 = (0..SHARDS)
-            .map(|shard| queued(shard, &mut connection))
-            .sum();
-        (inserted(&world) >= 400 && left > 0).then_some(())
+        (world.redis.inserted() >= 400 && world.redis.queued() > 0).then_some(())
     });
     // Drained, not killed: well within the default of 25 s.
     world.drain();

@@ -13,7 +13,7 @@ use stand::{
     traffic::SpanMessage,
 };
 
-use crate::world::{LONG, SHARDS, World, inserted, message, settings, span, traffic};
+use crate::world::{LONG, SHARDS, World, message, span, traffic};
 
 /// What is to become of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -296,7 +296,7 @@ fn any_message_goes_through_or_to_the_dead_letters() {
 #[test]
 fn refused_messages_are_counted_where_there_is_no_dead_letter_topic() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = settings("kafka.input_dlq = \"\"\n");
+    world.plan.settings = world.settings("kafka.input_dlq = \"\"\n");
     world.start();
     for payload in [&b"no span"[..], b"{}", b""] {
         world.send_raw(1, Clock::wall_now(), Some(payload));
@@ -304,13 +304,7 @@ fn refused_messages_are_counted_where_there_is_no_dead_letter_topic() {
     world.send(&traffic(2, 200, 1));
     world.await_all();
     world.settle_exact();
-    let mut connection = world.redis.connection().unwrap();
-    let refused: u64 = redis::cmd("HGET")
-        .arg("span-buf:{1.0}:sum")
-        .arg("refused:dlq_off")
-        .query(&mut connection)
-        .unwrap();
-    assert_eq!(refused, 3);
+    assert_eq!(world.redis.sum(1, "refused:dlq_off"), 3);
 }
 
 #[test]
@@ -344,11 +338,11 @@ fn every_example_of_the_input_schema_goes_through() {
 /// Sends messages; each is in Redis before the next one is sent when `apart`.
 fn send_in_turn(world: &mut World, messages: &[SpanMessage], apart: bool) {
     for message in messages {
-        let before = inserted(world);
+        let before = world.redis.inserted();
         world.send(std::slice::from_ref(message));
         if apart {
             stand::eventually(LONG, "an insert", || {
-                (inserted(world) > before).then_some(())
+                (world.redis.inserted() > before).then_some(())
             });
         }
     }
@@ -360,7 +354,7 @@ fn self_parents_cycles_and_duplicate_ids_end_in_segments() {
     for apart in [false, true] {
         let mut world = World::new(Kafka::mock(SHARDS).unwrap());
         // One message a batch: what arrives apart is inserted apart.
-        world.plan.settings = settings(if apart {
+        world.plan.settings = world.settings(if apart {
             "intake.batch_spans = 1\n"
         } else {
             "intake.batch_time = \"1s\"\n"
@@ -399,7 +393,7 @@ fn self_parents_cycles_and_duplicate_ids_end_in_segments() {
 #[test]
 fn a_span_that_was_sent_twice_comes_out_once() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = settings("intake.batch_time = \"500ms\"\n");
+    world.plan.settings = world.settings("intake.batch_time = \"500ms\"\n");
     world.start();
     let trace = "d".repeat(32);
     let now = UnixMillis(Clock::wall_now().0 - Duration::from_secs(2).as_secs() * 1_000);
@@ -407,11 +401,5 @@ fn a_span_that_was_sent_twice_comes_out_once() {
     world.send(&[one.clone(), one.clone(), one]);
     world.await_all();
     world.settle_exact();
-    let mut connection = world.redis.connection().unwrap();
-    let repeats: u64 = redis::cmd("HGET")
-        .arg("span-buf:{0.0}:sum")
-        .arg("repeats")
-        .query(&mut connection)
-        .unwrap();
-    assert_eq!(repeats, 2);
+    assert_eq!(world.redis.sum(0, "repeats"), 2);
 }

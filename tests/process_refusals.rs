@@ -14,10 +14,14 @@ use shared::time::Clock;
 use stand::{
     kafka::{Kafka, RealKafka},
     launch::{Run, Supervisor, SupervisorPlan, run},
-    redis::Redis,
+    proxy::Proxy,
 };
 
-use crate::world::{LONG, SHARDS, World, settings, traffic};
+use crate::world::{
+    LONG, SHARDS, World,
+    store::{Store, is_left_out, settings},
+    traffic,
+};
 
 /// One way to be refused.
 struct Row {
@@ -179,12 +183,14 @@ fn refused(plan: SupervisorPlan, says: &[&str]) -> String {
 #[test]
 fn a_redis_that_would_lose_spans_is_refused() {
     let kafka = Kafka::mock(SHARDS).unwrap();
-    let redis =
-        Redis::start_with(&[("maxmemory", "50mb"), ("maxmemory-policy", "allkeys-lru")]).unwrap();
-    refused(
-        SupervisorPlan::new(SHARDS, &kafka.brokers(), &redis.address()),
-        &["allkeys-lru", "noeviction", &redis.address()],
-    );
+    let mut proxy = Proxy::empty();
+    let settings = [("maxmemory", "50mb"), ("maxmemory-policy", "allkeys-lru")];
+    let redis = Store::start_with(&mut proxy, &settings);
+    let plan = SupervisorPlan {
+        settings: redis.settings().into(),
+        ..SupervisorPlan::new(SHARDS, &kafka.brokers(), &proxy.addresses())
+    };
+    refused(plan, &["allkeys-lru", "noeviction", &proxy.address()]);
 }
 
 #[test]
@@ -204,19 +210,21 @@ fn a_redis_that_is_too_old_is_refused() {
         }
     });
     let kafka = Kafka::mock(SHARDS).unwrap();
-    refused(
-        SupervisorPlan::new(SHARDS, &kafka.brokers(), &address),
-        &["6.0.16", "6.2", &address],
-    );
+    let plan = SupervisorPlan {
+        settings: settings().into(),
+        ..SupervisorPlan::new(SHARDS, &kafka.brokers(), &address)
+    };
+    refused(plan, &["6.0.16", "6.2", &address]);
 }
 
 #[test]
 fn missing_topics_and_partitions_are_refused_and_a_low_limit_is_obeyed() {
     let kafka = RealKafka::start(SHARDS).unwrap();
-    let redis = Redis::start().unwrap();
+    let mut proxy = Proxy::empty();
+    let redis = Store::start_with(&mut proxy, &[]);
     let plan = |settings: &str| SupervisorPlan {
-        settings: settings.into(),
-        ..SupervisorPlan::new(SHARDS, &kafka.brokers(), &redis.address())
+        settings: format!("{}{settings}", redis.settings()),
+        ..SupervisorPlan::new(SHARDS, &kafka.brokers(), &proxy.addresses())
     };
     refused(
         plan("kafka.input_topic = \"nowhere\""),
@@ -231,15 +239,22 @@ fn missing_topics_and_partitions_are_refused_and_a_low_limit_is_obeyed() {
         &["topic=nowhere", "kafka.input_dlq"],
     );
     refused(
-        SupervisorPlan::new(SHARDS + 1, &kafka.brokers(), &redis.address()),
+        SupervisorPlan {
+            shards: format!("0-{SHARDS}"),
+            ..plan("")
+        },
         &["partition=4", "--shards"],
     );
     let check = |arguments: &[&str], variables: &[(&str, &str)]| {
         let brokers = kafka.brokers();
-        let address = redis.address();
+        let addresses = proxy.addresses();
         let own = [
             ("SPANBUF_KAFKA__BROKERS", brokers.as_str()),
-            ("SPANBUF_REDIS__NODES", address.as_str()),
+            ("SPANBUF_REDIS__NODES", addresses.as_str()),
+            (
+                "SPANBUF_REDIS__CLUSTER",
+                if redis.is_cluster() { "true" } else { "false" },
+            ),
         ];
         run(
             "supervisor",
@@ -285,7 +300,7 @@ fn a_topic_of_small_messages_gets_segments_in_parts_and_large_spans_as_dead_lett
         .create_topic("small", SHARDS, &[("max.message.bytes", "50000")])
         .unwrap();
     let mut world = World::new(Kafka::Real(kafka));
-    world.plan.settings = settings("kafka.output_topics = [\"small\"]\n");
+    world.plan.settings = world.settings("kafka.output_topics = [\"small\"]\n");
     world.read_from("small");
     world.start();
     let now = Clock::wall_now();
@@ -326,13 +341,7 @@ fn a_topic_of_small_messages_gets_segments_in_parts_and_large_spans_as_dead_lett
                 .all(|message| message.payload.as_ref().unwrap().len() <= 50_000)
     );
     world.settle_exact();
-    let mut connection = world.redis.connection().unwrap();
-    let dropped: u64 = redis::cmd("HGET")
-        .arg("span-buf:{1.0}:sum")
-        .arg("dropped:too_large")
-        .query(&mut connection)
-        .unwrap();
-    assert_eq!(dropped, 1);
+    assert_eq!(world.redis.sum(1, "dropped:too_large"), 1);
 }
 
 /// The broker's limit is that of the compressed batch: the padding becomes hex noise.
@@ -362,9 +371,8 @@ fn await_said(world: &World, said: &[&str]) {
 #[test]
 fn a_redis_that_is_away_or_read_only_at_the_start_is_waited_for() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.redis = world.redis.address();
-    let address = world.redis.address();
-    world.redis.stop().unwrap();
+    let address = world.proxy.address();
+    world.redis.stop();
     world.start();
     await_said(&world, &["check redis failed", &address]);
     let workers = world.workers();
@@ -372,18 +380,15 @@ fn a_redis_that_is_away_or_read_only_at_the_start_is_waited_for() {
     stand::eventually(Duration::from_secs(30), "a second word", || {
         (world.log().matches("check redis failed").count() > 2 * workers.len()).then_some(())
     });
-    world.redis.restart_empty().unwrap();
-    redis::cmd("REPLICAOF")
-        .arg("127.0.0.1")
-        .arg(1)
-        .exec(&mut world.redis.connection().unwrap())
-        .unwrap();
-    await_said(&world, &["read-only", &address]);
-    redis::cmd("REPLICAOF")
-        .arg("NO")
-        .arg("ONE")
-        .exec(&mut world.redis.connection().unwrap())
-        .unwrap();
+    world.redis.restart_empty();
+    if !is_left_out("a redis that is read-only at the start") {
+        let mut replica_of = redis::cmd("REPLICAOF");
+        world
+            .redis
+            .tell_all(replica_of.clone().arg("127.0.0.1").arg(1));
+        await_said(&world, &["read-only", &address]);
+        world.redis.tell_all(replica_of.arg("NO").arg("ONE"));
+    }
     world.send(&traffic(6, 500, 1));
     world.await_all();
     assert_eq!(

@@ -2,7 +2,7 @@
 
 use stand::{kafka::Kafka, launch::Worker};
 
-use crate::world::{SHARDS, World, message, settings, span};
+use crate::world::{SHARDS, World, message, span};
 
 /// The most memory that a process ever had, in MiB.
 fn peak(worker: &Worker) -> u64 {
@@ -18,7 +18,7 @@ fn peak(worker: &Worker) -> u64 {
 fn a_huge_segment_id_in_hundreds_of_spans_is_produced_part_by_part() {
     const SPANS: u64 = 250;
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = settings("flush.max_flush_bytes = \"16MiB\"\n");
+    world.plan.settings = world.settings("flush.max_flush_bytes = \"16MiB\"\n");
     world.start();
     let now = shared::time::Clock::wall_now();
     // One span names a parent that nobody sent, a megabyte long; all others hang under that span. The name goes into each.

@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use shared::time::Clock;
 use stand::{eventually, kafka::Kafka, launch::Worker, pause};
 
-use crate::world::{LONG, SHARDS, World, settings, traffic};
+use crate::world::{LONG, SHARDS, World, traffic};
 
 /// The shortest budgets that the configuration lets through.
 const SHORT: &str = "supervision.hang = \"3s\"\nsupervision.boot = \"6s\"\nredis.timeout = \"200ms\"\nintake.batch_time = \"500ms\"\n";
@@ -14,7 +14,7 @@ const HANG: Duration = Duration::from_secs(3);
 
 fn world(more: &str) -> World {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = settings(&format!("{SHORT}{more}"));
+    world.plan.settings = world.settings(&format!("{SHORT}{more}"));
     world
 }
 
@@ -77,7 +77,7 @@ fn fault_08_a_broker_that_is_away_for_three_budgets_kills_nobody() {
     kafka(&world, false);
     world.start();
     let workers = world.workers();
-    for slot in 0..3 {
+    for slot in 0..u32::try_from(workers.len()).unwrap() {
         shown(&mut world, slot, &["state=backpressured", "phase=boot"]);
     }
     pause(HANG * 3);
@@ -105,7 +105,7 @@ fn a_redis_that_is_away_for_three_budgets_kills_nobody() {
     world.proxy.refuse();
     world.start();
     let workers = world.workers();
-    for slot in 0..3 {
+    for slot in 0..u32::try_from(workers.len()).unwrap() {
         shown(&mut world, slot, &["state=backpressured", "phase=boot"]);
     }
     pause(HANG * 3);

@@ -94,7 +94,7 @@ fn a_restart_under_an_hour_of_lag_splits_no_segment() {
 
 fn await_inserted(world: &World, spans: u64) {
     stand::eventually(crate::world::LONG, "spans in redis", || {
-        (crate::world::inserted(world) >= spans).then_some(())
+        (world.redis.inserted() >= spans).then_some(())
     });
 }
 
@@ -102,9 +102,11 @@ fn await_inserted(world: &World, spans: u64) {
 fn a_backlog_that_is_read_slowly_splits_no_segment() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     // One message a batch, and a slow store: a trace's parts are read further apart than any timeout, and stand two seconds
-    // apart by their own time.
-    world.plan.settings = crate::world::settings("intake.batch_spans = 1\n");
-    world.proxy.slow(Duration::from_millis(60));
+    // apart by their own time. Workers read side by side.
+    world.plan.settings = world.settings("intake.batch_spans = 1\n");
+    world
+        .proxy
+        .slow(Duration::from_millis(60) * world.plan.ingest_workers);
     let begin = ago(Duration::from_secs(3_600));
     let traces: Vec<Vec<SpanMessage>> = (0..20_u32)
         .map(|index| {
@@ -119,11 +121,11 @@ fn a_backlog_that_is_read_slowly_splits_no_segment() {
     world.start();
     let begun = Clock::mono_now();
     stand::eventually(crate::world::LONG, "the first parts in redis", || {
-        (crate::world::inserted(&world) >= 20).then_some(())
+        (world.redis.inserted() >= 20).then_some(())
     });
     let first = Clock::mono_now();
     stand::eventually(crate::world::LONG, "the last parts in redis", || {
-        (crate::world::inserted(&world) >= 60).then_some(())
+        (world.redis.inserted() >= 60).then_some(())
     });
     let apart = Clock::mono_now().since(first);
     assert!(
@@ -269,13 +271,7 @@ fn a_gap_in_the_input_is_counted_and_passed() {
     world.ledger.sent(&lost[2].payload).unwrap();
     world.await_all();
     world.settle_exact();
-    let mut connection = world.redis.connection().unwrap();
-    let missing: u64 = redis::cmd("HGET")
-        .arg("span-buf:{0.0}:sum")
-        .arg("offset_out_of_range")
-        .query(&mut connection)
-        .unwrap();
-    assert_eq!(missing, 2);
+    assert_eq!(world.redis.sum(0, "offset_out_of_range"), 2);
 }
 
 #[test]
@@ -311,13 +307,7 @@ fn a_gap_is_counted_once_however_often_nothing_comes_behind_it() {
             world.said_healthy().then_some(())
         });
         world.drain();
-        let mut connection = world.redis.connection().unwrap();
-        let missing: u64 = redis::cmd("HGET")
-            .arg("span-buf:{1.0}:sum")
-            .arg("offset_out_of_range")
-            .query(&mut connection)
-            .unwrap();
-        assert_eq!(missing, 3);
+        assert_eq!(world.redis.sum(1, "offset_out_of_range"), 3);
     }
 }
 

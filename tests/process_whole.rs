@@ -63,15 +63,13 @@ fn a_restart_of_everything_in_the_middle_loses_and_doubles_nothing_on_a_real_kaf
 #[test]
 fn usr1_shows_every_worker_and_workers_die_with_the_supervisor() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    let supervisor = world.start();
-    supervisor.await_workers("flush", 2, LONG).unwrap();
-    supervisor.await_workers("ingest", 1, LONG).unwrap();
-    let pids: Vec<String> = supervisor
+    world.start();
+    let pids: Vec<String> = world
         .workers()
-        .unwrap()
         .iter()
         .map(|worker| worker.pid.to_string())
         .collect();
+    let supervisor = world.supervisor();
     supervisor.signal(Signal::SIGUSR1).unwrap();
     stand::eventually(LONG, "a line for each worker", || {
         let log = supervisor.log();

@@ -16,12 +16,13 @@ use shared::{
 };
 use stand::{
     cluster::{Cluster, MASTERS},
+    proxy::Proxy,
     redis::Redis,
 };
 use store::{
     client::{CheckError, Client, Command, Reply, reply},
-    keys::{Bucket, Member, position_key},
-    scripts::{PositionCall, PositionReply},
+    keys::{Bucket, Member, journal_key, position_key},
+    scripts::{ClearCall, ClearReply, FieldOut, PositionCall, PositionReply},
 };
 
 const SHARDS: u32 = 4;
@@ -323,6 +324,52 @@ fn a_node_that_is_away_keeps_only_its_own_part_waiting_and_in_time() {
 }
 
 #[test]
+fn replies_that_are_late_and_connections_that_are_cut_mix_no_reply() {
+    let mut proxy = Proxy::empty();
+    let cluster = Cluster::start_behind(&mut proxy, 0, &[]).unwrap();
+    let mut client = client(&cluster, Duration::from_millis(300));
+    let buckets = buckets(&client);
+    let questions: Vec<Command> = buckets
+        .iter()
+        .map(|&bucket| Command::position(bucket))
+        .collect();
+    assert_distinct(&mut client, 0);
+    for round in 1..=3 {
+        // One node's reply comes when nobody waits for it any more.
+        let hold = proxy.hold_reply("HGET");
+        let replies = client.run(&questions);
+        assert!(hold.reached(Duration::ZERO));
+        let lost = replies.iter().filter(|reply| reply.is_err()).count();
+        assert!(lost > 0 && lost < replies.len(), "{lost}");
+        hold.release();
+        assert_distinct(&mut client, round);
+    }
+    let seats =
+        |client: &Client| -> Vec<_> { buckets.iter().map(|&bucket| client.seat(bucket)).collect() };
+    let (before, done) = (seats(&client), AtomicBool::new(false));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                stand::pause(Duration::from_millis(25));
+                proxy.cut();
+            }
+        });
+        for round in 4..14 {
+            assert_distinct(&mut client, round);
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    let after = seats(&client);
+    assert!(
+        before
+            .iter()
+            .zip(&after)
+            .all(|(before, after)| before != after),
+        "not every node's connection was cut"
+    );
+}
+
+#[test]
 fn a_position_does_not_follow_its_slot_and_everything_else_does() {
     let cluster = Cluster::start_with(1, &[]).unwrap();
     let mut client = client(&cluster, Duration::from_secs(2));
@@ -405,6 +452,97 @@ fn every_node_is_proved_and_named() {
         matches!(down, CheckError::ClusterDown { .. }) && down.is_outage(),
         "{down}"
     );
+}
+
+#[test]
+fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
+    let cluster = Cluster::start().unwrap();
+    let mut client = client(&cluster, Duration::from_secs(2));
+    // The journal, or the queue, or both of them end with it; one of the fields was taken before. The keys are here still, or
+    // there already.
+    let cases = [(0, 1, 1), (1, 1, 2), (2, 2, 1)];
+    for ((shard, held, queued), moved) in cases
+        .into_iter()
+        .flat_map(|case| [(case, false), (case, true)])
+    {
+        let mut buckets = client.buckets().of_shard(ShardId(shard));
+        let bucket = buckets.nth(usize::from(moved)).unwrap();
+        let journal = journal_key(bucket, &member(1));
+        let slot = cluster.slot_of(&journal).unwrap();
+        let from = cluster.owner(slot).unwrap();
+        let mut direct = cluster.connection(from).unwrap();
+        let field = |number: usize| format!("field-{number}").into_bytes();
+        for number in 0..held {
+            redis::cmd("HSET")
+                .arg(&journal)
+                .arg(field(number))
+                .arg("chunk")
+                .exec(&mut direct)
+                .unwrap();
+        }
+        let members: Vec<_> = (1..=queued)
+            .map(|trace| (member(trace), UnixMillis(5)))
+            .collect();
+        insist(
+            &mut client,
+            &[
+                Command::enqueue(bucket, &members),
+                Command::set_in_sum(bucket, "produced", 100),
+            ],
+        );
+        let migration = cluster.begin_migration(slot, (from + 1) % MASTERS).unwrap();
+        if moved {
+            cluster.move_keys(migration, 100).unwrap();
+        }
+        let out = |field: Vec<u8>| FieldOut {
+            field,
+            produced: 13,
+            repeats: 1,
+            dropped: vec![],
+        };
+        let clear = ClearCall {
+            bucket,
+            member: member(1),
+            ttl: TTL,
+            next_look: (held > 1).then_some(UnixMillis(4)),
+            fields: vec![out(field(0)), out(b"taken".to_vec())],
+        };
+        let value = insist(&mut client, &[clear.command()]).remove(0);
+        let score = (held > 1).then_some(UnixMillis(4));
+        let left = u64::try_from(held).unwrap() - 1;
+        assert_eq!(
+            ClearReply::read(&value),
+            Ok(ClearReply {
+                removed: 1,
+                left,
+                score
+            }),
+            "shard {shard} moved {moved}"
+        );
+        let sum = insist(&mut client, &[Command::sum(bucket)]).remove(0);
+        let mut sum = reply::counters(&sum);
+        sum.sort();
+        let expected = [("produced", 113), ("repeats", 1)];
+        assert_eq!(
+            sum,
+            expected.map(|(name, amount)| (name.to_owned(), amount)),
+            "shard {shard} moved {moved}"
+        );
+        cluster.end_migration(migration).unwrap();
+        let values = insist(
+            &mut client,
+            &[
+                Command::queue_len(bucket),
+                Command::entries(bucket, &member(1)),
+            ],
+        );
+        let traces = queued - u64::from(held == 1);
+        assert_eq!(
+            values.iter().map(reply::number).collect::<Vec<_>>(),
+            [Some(traces), Some(left)],
+            "shard {shard} moved {moved}"
+        );
+    }
 }
 
 #[test]

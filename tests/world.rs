@@ -1,4 +1,4 @@
-//! A Kafka, a Redis behind a proxy or a cluster, a supervisor with its workers, and both sides of the ledger.
+//! A Kafka, a Redis or a cluster of them behind a proxy, a supervisor with its workers, and both sides of the ledger.
 //!
 //! In:     a Kafka, settings.
 //! Out:    what came out, compared with what was sent; what Redis holds, read without our own client.
@@ -6,23 +6,27 @@
 //! Knows:  the stand.
 //! Source: docs/house.md 13.
 
+pub(crate) mod store;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use nix::sys::signal::Signal;
 use shared::time::{Clock, UnixMillis};
 use stand::{
-    cluster::{Cluster, MASTERS},
     eventually,
     kafka::{INPUT, Kafka, OUTPUT},
     launch::{Supervisor, SupervisorPlan, Worker},
     ledger::{Balance, Ledger},
     proxy::Proxy,
-    redis::Redis,
     topics::{Message, Producer, Reader, Record},
     traffic::{SpanMessage, Traffic, TrafficPlan},
 };
 
+use store::Store;
+
 pub(crate) const SHARDS: u32 = 4;
+/// The second output topic of a world on a cluster.
+const SECOND: &str = "buffered-segments-2";
 /// How long anything may take that has no reason to take long: two shared cores.
 pub(crate) const LONG: Duration = Duration::from_secs(90);
 
@@ -31,12 +35,7 @@ pub(crate) struct World {
     supervisor: Option<Supervisor>,
     pub(crate) plan: SupervisorPlan,
     pub(crate) proxy: Proxy,
-    pub(crate) redis: Redis,
-    /// In the place of `redis`, which idles then.
-    pub(crate) cluster: Option<Cluster>,
-    /// How keys are cut: the slice as it stands in tags, and the buckets of a shard.
-    slice: &'static str,
-    buckets: u32,
+    pub(crate) redis: Store,
     pub(crate) ledger: Ledger,
     pub(crate) output: Vec<Message>,
     /// What a supervisor that was drained had said.
@@ -49,50 +48,59 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Starts all but the supervisor. Timeouts are a second with a root, three without.
+    /// Starts all but the supervisor, on what `STORE` says. Timeouts are a second with a root, three without.
     pub(crate) fn new(kafka: Kafka) -> Self {
-        let redis = Redis::start().unwrap();
-        let proxy = Proxy::start(&redis.address()).unwrap();
-        let mut plan = SupervisorPlan::new(SHARDS, &kafka.brokers(), &proxy.address());
+        let mut proxy = Proxy::empty();
+        let redis = Store::start_with(&mut proxy, &[]);
+        Self::on(kafka, proxy, redis)
+    }
+
+    /// On a cluster of three with `replicas` each, whatever `STORE` says.
+    pub(crate) fn on_cluster(kafka: Kafka, replicas: usize) -> Self {
+        let mut proxy = Proxy::empty();
+        let redis = Store::cluster_with(&mut proxy, replicas, &[]);
+        Self::on(kafka, proxy, redis)
+    }
+
+    /// On a cluster there are four buckets a shard, a slice, two ingest workers and two output topics.
+    fn on(kafka: Kafka, proxy: Proxy, redis: Store) -> Self {
+        let mut plan = SupervisorPlan::new(SHARDS, &kafka.brokers(), &proxy.addresses());
         plan.max_workers = 2;
-        plan.settings = settings("");
-        let producer = Producer::new(&kafka.brokers()).unwrap();
-        let reader = Reader::new(&kafka.brokers(), OUTPUT).unwrap();
-        Self {
+        let mut topics = vec![OUTPUT];
+        if redis.is_cluster() {
+            plan.ingest_workers = 2;
+            kafka.create_topic(SECOND, SHARDS).unwrap();
+            topics.push(SECOND);
+        }
+        let reader = |topic: &&str| Reader::new(&kafka.brokers(), topic).unwrap();
+        let mut world = Self {
             supervisor: None,
             plan,
             proxy,
             redis,
-            cluster: None,
-            slice: "",
-            buckets: 1,
             ledger: Ledger::new(),
             output: Vec::new(),
             said: String::new(),
-            readers: vec![reader],
+            readers: topics.iter().map(reader).collect(),
             came: vec![0; 2],
-            producer,
+            producer: Producer::new(&kafka.brokers()).unwrap(),
             kafka,
-        }
+        };
+        world.plan.settings = world.settings("");
+        world
     }
 
-    /// On a cluster of three with `replicas` each: four buckets a shard, a slice, two ingest workers, two output topics.
-    pub(crate) fn on_cluster(kafka: Kafka, replicas: usize) -> Self {
-        const SECOND: &str = "buffered-segments-2";
-        kafka.create_topic(SECOND, SHARDS).unwrap();
-        let mut world = Self::new(kafka);
-        let cluster = Cluster::start_with(replicas, &[]).unwrap();
-        world.plan.redis = cluster.addresses();
-        world.plan.ingest_workers = 2;
-        world.plan.settings = settings(&format!(
-            "redis.cluster = true\nredis.buckets = 4\nredis.slice = 3\nkafka.output_topics = [\"{OUTPUT}\", \"{SECOND}\"]\n"
-        ));
-        world.cluster = Some(cluster);
-        (world.slice, world.buckets) = ("3-", 4);
-        world
-            .readers
-            .push(Reader::new(&world.kafka.brokers(), SECOND).unwrap());
-        world
+    /// Settings of a test, with dotted keys.
+    pub(crate) fn settings(&self, more: &str) -> String {
+        let topics = if self.readers.len() == 2 && !more.contains("kafka.output_topics") {
+            format!("kafka.output_topics = [\"{OUTPUT}\", \"{SECOND}\"]\n")
+        } else {
+            String::new()
+        };
+        format!(
+            "buffer.timeout = \"3s\"\nbuffer.root_timeout = \"1s\"\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\n{}{topics}{more}",
+            self.redis.settings()
+        )
     }
 
     pub(crate) fn start(&mut self) -> &mut Supervisor {
@@ -193,17 +201,19 @@ impl World {
 
     /// Reads until something more has come out.
     pub(crate) fn read_first(&mut self) {
-        self.readers[0]
-            .read_until(LONG, "a segment", |came| !came.is_empty())
-            .unwrap();
-        self.read_some();
+        let before = self.output.len();
+        eventually(LONG, "a segment", || {
+            self.read_some();
+            (self.output.len() > before).then_some(())
+        });
     }
 
     /// Reads what comes within half a second.
     pub(crate) fn read_some(&mut self) {
+        let each = Duration::from_millis(500) / u32::try_from(self.readers.len()).unwrap();
         for (reader, count) in self.readers.iter_mut().zip(&mut self.came) {
             // It is late every time: nothing is ever enough.
-            drop(reader.read_until(Duration::from_millis(500), "", |_| false));
+            drop(reader.read_until(each, "", |_| false));
             let came = reader.take();
             *count += came.len();
             self.ledger.read_output(&came);
@@ -263,11 +273,9 @@ impl World {
 
     /// Inserted = produced + dropped + repeats, and nothing is left in Redis. Read without our own client.
     pub(crate) fn assert_store_is_even(&self) {
-        for (shard, bucket) in
-            (0..SHARDS).flat_map(|shard| (0..self.buckets).map(move |bucket| (shard, bucket)))
-        {
-            let key = |what: &str| format!("span-buf:{{{}{shard}.{bucket}}}:{what}", self.slice);
-            let mut connection = self.connection(&key("pos"));
+        for (shard, bucket) in self.redis.buckets() {
+            let key = |what: &str| self.redis.key(shard, bucket, what);
+            let mut connection = self.redis.connection(&key("pos"));
             let spans: Option<u64> = redis::cmd("HGET")
                 .arg(key("pos"))
                 .arg("spans")
@@ -294,28 +302,8 @@ impl World {
                 "shard {shard} bucket {bucket}: {sum:?}"
             );
         }
-        let nodes: Vec<&Redis> = match &self.cluster {
-            Some(cluster) => (0..MASTERS).map(|node| cluster.node(node)).collect(),
-            None => vec![&self.redis],
-        };
-        for node in nodes {
-            let journals: Vec<String> = redis::cmd("KEYS")
-                .arg("span-buf:*:t:*")
-                .query(&mut node.connection().unwrap())
-                .unwrap();
-            assert!(journals.is_empty(), "{journals:?}");
-        }
-    }
-
-    /// A connection to the node that has this key.
-    fn connection(&self, key: &str) -> redis::Connection {
-        match &self.cluster {
-            Some(cluster) => {
-                let slot = cluster.slot_of(key.as_bytes()).unwrap();
-                cluster.connection(cluster.owner(slot).unwrap()).unwrap()
-            }
-            None => self.redis.connection().unwrap(),
-        }
+        let journals = self.redis.journals("*");
+        assert!(journals.is_empty(), "{journals:?}");
     }
 
     /// Every message holds to the published schema of the output.
@@ -331,28 +319,6 @@ impl World {
             }
         }
     }
-}
-
-/// Spans that the store says were inserted. Read without our own client.
-pub(crate) fn inserted(world: &World) -> u64 {
-    let mut connection = world.redis.connection().unwrap();
-    let of = |shard: u32, connection: &mut redis::Connection| {
-        let key = format!("span-buf:{{{shard}.0}}:pos");
-        redis::cmd("HGET")
-            .arg(key)
-            .arg("spans")
-            .query::<Option<u64>>(connection)
-            .unwrap()
-            .unwrap_or(0)
-    };
-    (0..SHARDS).map(|shard| of(shard, &mut connection)).sum()
-}
-
-/// Settings of a test, with dotted keys.
-pub(crate) fn settings(more: &str) -> String {
-    format!(
-        "buffer.timeout = \"3s\"\nbuffer.root_timeout = \"1s\"\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\n{more}"
-    )
 }
 
 /// Traffic whose last span arrives now.

@@ -1,7 +1,7 @@
 //! A private Redis Cluster: three masters and, where wanted, their replicas, each with its own ports and directory.
 //!
 //! In:     how many replicas; nodes to stop, slots to move, masters to fail over.
-//! Out:    addresses, connections, who has a slot.
+//! Out:    addresses, connections, who has a slot; where wanted, a proxy before every node.
 //! Keeps:  a node that is killed loses nothing that it acknowledged (its log of writes is in the kernel by then); a node keeps
 //!         its place in the cluster when it is started again, empty or not.
 //! Knows:  CLUSTER commands. No key of ours.
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use redis::{Connection, Value, cmd};
 
-use crate::{StandError, await_some, free_port, redis::Redis};
+use crate::{StandError, await_some, free_port, proxy::Proxy, redis::Redis};
 
 /// Masters of a cluster: the fewest that agree on which of them is down.
 pub const MASTERS: usize = 3;
@@ -41,6 +41,8 @@ pub struct Cluster {
 #[derive(Debug)]
 struct Node {
     redis: Redis,
+    /// What it is called in the cluster: its own address, or that of the proxy before it.
+    address: String,
     bus: u16,
     id: String,
 }
@@ -71,7 +73,31 @@ impl Cluster {
         let nodes = (0..MASTERS * (1 + replicas))
             .map(|_| Node::start(settings))
             .collect::<Result<Vec<_>, _>>()?;
-        let mut cluster = Self { nodes };
+        Self { nodes }.join()
+    }
+
+    /// As [`Cluster::start_with`], with `proxy` before every node: they name each other by its addresses only, so whoever asks
+    /// for slots or is redirected stays behind it, and so do replicas. What the nodes agree on (their bus) does not pass there.
+    ///
+    /// # Errors
+    /// As [`Cluster::start`], and as [`Proxy::add`].
+    pub fn start_behind(
+        proxy: &mut Proxy,
+        replicas: usize,
+        settings: &[(&str, &str)],
+    ) -> Result<Self, StandError> {
+        let mut nodes = Vec::new();
+        for _ in 0..MASTERS * (1 + replicas) {
+            let mut node = Node::start(settings)?;
+            node.announce(proxy.add(&node.redis.address())?)?;
+            nodes.push(node);
+        }
+        Self { nodes }.join()
+    }
+
+    /// Makes a cluster of nodes that do not know each other.
+    fn join(mut self) -> Result<Self, StandError> {
+        let cluster = &mut self;
         for (index, node) in cluster.nodes.iter_mut().enumerate() {
             let mut connection = node.redis.connection()?;
             node.id = cmd("CLUSTER").arg("MYID").query(&mut connection)?;
@@ -95,12 +121,10 @@ impl Cluster {
         }
         let mut first = cluster.connection(0)?;
         for node in &cluster.nodes[1..] {
-            let address = node.redis.address();
-            let port = address.rsplit(':').next().unwrap_or_default();
             cmd("CLUSTER")
                 .arg("MEET")
                 .arg("127.0.0.1")
-                .arg(port)
+                .arg(port(&node.address))
                 .arg(node.bus)
                 .exec(&mut first)?;
         }
@@ -113,7 +137,7 @@ impl Cluster {
                 .exec(&mut cluster.connection(replica)?)?;
         }
         cluster.await_ok()?;
-        Ok(cluster)
+        Ok(self)
     }
 
     /// How many nodes there are, replicas included.
@@ -139,10 +163,14 @@ impl Cluster {
         &mut self.nodes[node].redis
     }
 
-    /// The addresses of all nodes, with commas between them.
+    /// The addresses of all nodes as clients are told them, with commas between them.
     #[must_use]
     pub fn addresses(&self) -> String {
-        let addresses: Vec<String> = self.nodes.iter().map(|node| node.redis.address()).collect();
+        let addresses: Vec<&str> = self
+            .nodes
+            .iter()
+            .map(|node| node.address.as_str())
+            .collect();
         addresses.join(",")
     }
 
@@ -233,11 +261,11 @@ impl Cluster {
                 .arg(MIGRATE_KEYS.min(most - moved))
                 .query(&mut source)?;
             if !keys.is_empty() {
+                // Not by the proxy: what it holds or cuts is clients' commands.
                 let target = self.nodes[to].redis.address();
-                let (host, port) = target.rsplit_once(':').unwrap_or((&target, ""));
                 cmd("MIGRATE")
-                    .arg(host)
-                    .arg(port)
+                    .arg("127.0.0.1")
+                    .arg(port(&target))
                     .arg("")
                     .arg(0)
                     .arg(MIGRATE_TIMEOUT)
@@ -400,8 +428,10 @@ impl Node {
             match Redis::start_with(&all) {
                 Err(StandError::Ended { .. }) if tries < TRIES => tries += 1,
                 started => {
+                    let redis = started?;
                     return Ok(Self {
-                        redis: started?,
+                        address: redis.address(),
+                        redis,
                         bus,
                         id: String::new(),
                     });
@@ -409,6 +439,24 @@ impl Node {
             }
         }
     }
+
+    /// Makes it tell an address in the place of its own.
+    fn announce(&mut self, address: String) -> Result<(), StandError> {
+        let bus = self.bus.to_string();
+        for (name, value) in [
+            ("cluster-announce-ip", "127.0.0.1"),
+            ("cluster-announce-port", port(&address)),
+            ("cluster-announce-bus-port", &bus),
+        ] {
+            self.redis.config_keep(name, value)?;
+        }
+        self.address = address;
+        Ok(())
+    }
+}
+
+fn port(address: &str) -> &str {
+    address.rsplit(':').next().unwrap_or_default()
 }
 
 fn read(range: &[Value]) -> Option<(u16, u16, Vec<Value>)> {
@@ -510,5 +558,102 @@ mod tests {
         assert_eq!(cluster.owner(slot).unwrap(), replica);
         assert_eq!(get(&cluster, replica, "foo").unwrap().as_deref(), Some("1"));
         assert!(!cluster.is_master(owner).unwrap());
+    }
+
+    /// The first key of a client's own that node `asked` sends elsewhere, and where to.
+    fn redirected(cluster: &Cluster, asked: usize) -> (String, String) {
+        let key = (0..100)
+            .map(|number| format!("key{number}"))
+            .find(|key| {
+                cluster
+                    .owner(cluster.slot_of(key.as_bytes()).unwrap())
+                    .unwrap()
+                    != asked
+            })
+            .unwrap();
+        let error = set(cluster, asked, &key, "1").unwrap_err().to_string();
+        (key, error)
+    }
+
+    #[test]
+    fn behind_a_proxy_no_node_tells_its_own_address_and_one_order_holds_for_all() {
+        let mut proxy = Proxy::empty();
+        let mut cluster = Cluster::start_behind(&mut proxy, 1, &[]).unwrap();
+        assert_eq!(cluster.addresses(), proxy.addresses());
+        // Over a restart as well.
+        cluster.node_mut(0).stop().unwrap();
+        cluster.node_mut(0).start_again().unwrap();
+        cluster.await_ok().unwrap();
+        for asked in 0..MASTERS {
+            let slots: String = cmd("CLUSTER")
+                .arg("NODES")
+                .query(&mut cluster.connection(asked).unwrap())
+                .unwrap();
+            let (key, error) = redirected(&cluster, asked);
+            for node in 0..cluster.nodes() {
+                let own = port(&cluster.node(node).address()).to_owned();
+                assert!(!slots.contains(&format!(":{own}@")), "{slots}");
+                assert!(!error.contains(&own), "{error}");
+            }
+            let owner = cluster
+                .owner(cluster.slot_of(key.as_bytes()).unwrap())
+                .unwrap();
+            assert!(
+                error.contains(port(&cluster.nodes[owner].address)),
+                "{error}"
+            );
+        }
+        // A command is held at whichever node it reaches, and a replica is behind the proxy too.
+        for owner in [1, 2] {
+            let hold = proxy.hold_command("SET");
+            let address = cluster.nodes[owner].address.clone();
+            let key = (0..100)
+                .map(|number| format!("held{number}"))
+                .find(|key| {
+                    cluster
+                        .owner(cluster.slot_of(key.as_bytes()).unwrap())
+                        .unwrap()
+                        == owner
+                })
+                .unwrap();
+            let client = std::thread::spawn({
+                let key = key.clone();
+                move || {
+                    let client = redis::Client::open(format!("redis://{address}/")).unwrap();
+                    let mut connection = client.get_connection_with_timeout(AGREE).unwrap();
+                    cmd("SET").arg(key).arg(1).exec(&mut connection)
+                }
+            });
+            assert!(hold.reached(AGREE));
+            assert_eq!(get(&cluster, owner, &key).unwrap(), None);
+            hold.release();
+            client.join().unwrap().unwrap();
+            cluster.fail_over(owner + MASTERS).unwrap();
+            assert_eq!(
+                get(&cluster, owner + MASTERS, &key).unwrap().as_deref(),
+                Some("1")
+            );
+        }
+        proxy.refuse();
+        for address in proxy.addresses().split(',') {
+            assert!(std::net::TcpStream::connect(address).is_err(), "{address}");
+        }
+        proxy.release();
+    }
+
+    #[test]
+    fn a_node_goes_back_to_what_it_held_when_it_was_saved() {
+        let mut cluster = Cluster::start().unwrap();
+        let owner = cluster.owner(cluster.slot_of(b"foo").unwrap()).unwrap();
+        set(&cluster, owner, "foo", "1").unwrap();
+        cluster.node(owner).save().unwrap();
+        set(&cluster, owner, "foo", "2").unwrap();
+        cluster.node_mut(owner).restart_as_saved().unwrap();
+        cluster.await_ok().unwrap();
+        assert_eq!(get(&cluster, owner, "foo").unwrap().as_deref(), Some("1"));
+        set(&cluster, owner, "foo", "3").unwrap();
+        cluster.node_mut(owner).restart_with_data().unwrap();
+        cluster.await_ok().unwrap();
+        assert_eq!(get(&cluster, owner, "foo").unwrap().as_deref(), Some("3"));
     }
 }

@@ -6,7 +6,12 @@
 //! Knows:  redis-server. No key of ours.
 //! Source: docs/house.md 13.
 
-use std::{ffi::OsStr, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsStr,
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
 use redis::{Client, Connection, cmd};
@@ -119,6 +124,16 @@ impl Redis {
             .exec(&mut self.connection()?)?)
     }
 
+    /// Changes a setting of the running server, for its restarts too.
+    ///
+    /// # Errors
+    /// As [`Redis::config_set`].
+    pub fn config_keep(&mut self, name: &str, value: &str) -> Result<(), StandError> {
+        self.config_set(name, value)?;
+        self.settings.push((name.to_owned(), value.to_owned()));
+        Ok(())
+    }
+
     /// Deletes every key, as an operator's mistake would.
     ///
     /// # Errors
@@ -144,18 +159,8 @@ impl Redis {
     /// As [`Redis::start`].
     pub fn restart_empty(&mut self) -> Result<(), StandError> {
         self.stop()?;
-        let log_of_writes = self.directory.path().join("appendonlydir");
-        for removed in [
-            std::fs::remove_file(self.dump()),
-            std::fs::remove_dir_all(log_of_writes),
-        ] {
-            match removed {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(StandError::system("remove the data of redis")(error));
-                }
-                _ => {}
-            }
-        }
+        remove(&self.dump())?;
+        remove(&self.log_of_writes())?;
         self.launch()
     }
 
@@ -177,12 +182,14 @@ impl Redis {
         self.restart_as_saved()
     }
 
-    /// Writes what the server holds to its disk.
+    /// Writes what the server holds to its disk; of one that keeps a log of writes, that is copied as it stands.
     ///
     /// # Errors
     /// [`StandError::Redis`] when the server cannot.
     pub fn save(&self) -> Result<(), StandError> {
-        Ok(cmd("SAVE").exec(&mut self.connection()?)?)
+        cmd("SAVE").exec(&mut self.connection()?)?;
+        remove(&self.saved_log())?;
+        copy(&self.log_of_writes(), &self.saved_log())
     }
 
     /// Kills the server and starts it with what it held at the last [`Redis::save`]: it went back.
@@ -191,6 +198,10 @@ impl Redis {
     /// As [`Redis::start`].
     pub fn restart_as_saved(&mut self) -> Result<(), StandError> {
         self.stop()?;
+        if self.saved_log().exists() {
+            remove(&self.log_of_writes())?;
+            copy(&self.saved_log(), &self.log_of_writes())?;
+        }
         self.launch()
     }
 
@@ -224,6 +235,14 @@ impl Redis {
 
     fn dump(&self) -> PathBuf {
         self.directory.path().join("dump.rdb")
+    }
+
+    fn log_of_writes(&self) -> PathBuf {
+        self.directory.path().join("appendonlydir")
+    }
+
+    fn saved_log(&self) -> PathBuf {
+        self.directory.path().join("appendonlydir.saved")
     }
 
     /// Starts the server at its port and waits until it answers.
@@ -275,6 +294,37 @@ impl Redis {
         };
         ask().unwrap_or(false)
     }
+}
+
+/// Removes a file or a folder, if it is there.
+fn remove(path: &Path) -> Result<(), StandError> {
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(StandError::system("remove the data of redis")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Copies a folder of files, if it is there.
+fn copy(from: &Path, to: &Path) -> Result<(), StandError> {
+    let copied = || -> io::Result<()> {
+        if !from.is_dir() {
+            return Ok(());
+        }
+        fs::create_dir(to)?;
+        for file in fs::read_dir(from)? {
+            let file = file?;
+            fs::copy(file.path(), to.join(file.file_name()))?;
+        }
+        Ok(())
+    };
+    copied().map_err(StandError::system("copy the data of redis"))
 }
 
 fn directory() -> Result<TempDir, StandError> {

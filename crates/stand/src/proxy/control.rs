@@ -41,8 +41,8 @@ pub(super) struct Control {
     pub(super) is_held: bool,
     pub(super) slow: Duration,
     pub(super) is_refusing: bool,
-    /// The port is closed: refusing has taken effect.
-    pub(super) is_closed: bool,
+    /// Ports that are open: with none refusing has taken effect.
+    pub(super) open: usize,
     pub(super) is_stopping: bool,
     pub(super) links: Vec<Arc<Link>>,
     holds: BTreeMap<u64, HoldState>,

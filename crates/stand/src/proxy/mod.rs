@@ -1,7 +1,7 @@
 //! A TCP proxy that holds, slows and cuts: what a network does, when a test wants it.
 //!
-//! In:     the address behind it; orders.
-//! Out:    an address before it; for Redis, the moment at which a chosen command or its reply stands here.
+//! In:     the addresses behind it; orders, which are the same for all of them.
+//! Out:    an address before each; for Redis, the moment at which a chosen command or its reply stands here.
 //! Keeps:  bytes in order; what a connection may buffer is bounded; all threads end with the proxy.
 //! Knows:  TCP, and of the Redis protocol where commands and replies end. A stream that begins otherwise passes unread.
 //! Source: docs/house.md 13.
@@ -29,28 +29,52 @@ const TURN_MS: u16 = 10;
 /// How long the server may take to accept.
 const CONNECT: Duration = Duration::from_secs(2);
 
-/// A proxy before one address.
+/// A proxy before one address, or before all nodes of a cluster: what it is told holds for all.
 pub struct Proxy {
-    address: SocketAddr,
     shared: Arc<Shared>,
-    acceptor: Option<JoinHandle<()>>,
+    doors: Vec<Door>,
+}
+
+/// Where clients of one address come in.
+struct Door {
+    address: SocketAddr,
+    acceptor: JoinHandle<()>,
 }
 
 impl fmt::Debug for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Proxy")
-            .field("address", &self.address)
+            .field("addresses", &self.addresses())
             .field("connections", &self.connections())
             .finish()
     }
 }
 
 impl Proxy {
-    /// Starts a proxy; the address behind it may come up later.
+    /// Starts a proxy before one address, which may come up later.
+    ///
+    /// # Errors
+    /// As [`Proxy::add`].
+    pub fn start(upstream: &str) -> Result<Self, StandError> {
+        let mut proxy = Self::empty();
+        proxy.add(upstream)?;
+        Ok(proxy)
+    }
+
+    /// A proxy before nothing yet.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            shared: Arc::default(),
+            doors: Vec::new(),
+        }
+    }
+
+    /// Stands before one more address, which may come up later: gives where its clients are to come in.
     ///
     /// # Errors
     /// [`StandError`] when the address is none, or no port or thread is to be had.
-    pub fn start(upstream: &str) -> Result<Self, StandError> {
+    pub fn add(&mut self, upstream: &str) -> Result<String, StandError> {
         let upstream: SocketAddr =
             upstream
                 .parse()
@@ -66,28 +90,38 @@ impl Proxy {
         let address = listener
             .local_addr()
             .map_err(StandError::system("set up a proxy"))?;
-        let shared = Arc::new(Shared::default());
         let acceptor = Acceptor {
             address,
             upstream,
-            shared: Arc::clone(&shared),
+            shared: Arc::clone(&self.shared),
             pumps: Vec::new(),
         };
+        self.shared.change(|control| control.open += 1);
         let acceptor = Builder::new()
             .name("proxy".into())
             .spawn(move || acceptor.run(listener))
             .map_err(StandError::system("start a thread"))?;
-        Ok(Self {
-            address,
-            shared,
-            acceptor: Some(acceptor),
-        })
+        self.doors.push(Door { address, acceptor });
+        Ok(address.to_string())
     }
 
-    /// `127.0.0.1:<port>`: what clients are told.
+    /// `127.0.0.1:<port>`, what clients are told: the first one, when it stands before several addresses.
     #[must_use]
     pub fn address(&self) -> String {
-        self.address.to_string()
+        self.doors
+            .first()
+            .map_or_else(String::new, |door| door.address.to_string())
+    }
+
+    /// What clients are told of all addresses, with commas between them.
+    #[must_use]
+    pub fn addresses(&self) -> String {
+        let addresses: Vec<String> = self
+            .doors
+            .iter()
+            .map(|door| door.address.to_string())
+            .collect();
+        addresses.join(",")
     }
 
     /// Connections that are open.
@@ -125,10 +159,10 @@ impl Proxy {
     pub fn refuse(&self) {
         self.shared.change(|control| control.is_refusing = true);
         self.shared
-            .wait(Duration::from_secs(5), |control| control.is_closed);
+            .wait(Duration::from_secs(5), |control| control.open == 0);
     }
 
-    /// Holds the first command of that name, in any case of letters, before it is forwarded.
+    /// Holds the first command of that name, in any case of letters, to whatever address, before it is forwarded.
     #[must_use]
     pub fn hold_command(&self, name: &str) -> Hold {
         self.hold_when(named(name))
@@ -166,12 +200,10 @@ impl Drop for Proxy {
     fn drop(&mut self) {
         self.shared.change(|control| control.is_stopping = true);
         self.cut();
-        if self
-            .acceptor
-            .take()
-            .is_some_and(|acceptor| acceptor.join().is_err())
-        {
-            warn!("proxy address={} ended in a panic", self.address);
+        for Door { address, acceptor } in self.doors.drain(..) {
+            if acceptor.join().is_err() {
+                warn!("proxy address={address} ended in a panic");
+            }
         }
     }
 }
@@ -231,8 +263,9 @@ impl Acceptor {
         while !self.shared.is_stopping() {
             if self.shared.is_refusing() {
                 // Gone from the kernel's table before anybody is told.
-                listener = None;
-                self.shared.change(|control| control.is_closed = true);
+                if listener.take().is_some() {
+                    self.shared.change(|control| control.open -= 1);
+                }
                 pause(Duration::from_millis(5));
                 continue;
             }
@@ -263,7 +296,7 @@ impl Acceptor {
         });
         match listener {
             Ok(listener) => {
-                self.shared.change(|control| control.is_closed = false);
+                self.shared.change(|control| control.open += 1);
                 Some(listener)
             }
             Err(error) => {

@@ -103,8 +103,13 @@ impl Commands<'_> {
     fn whole_commands(&mut self) -> io::Result<usize> {
         let mut at = 0;
         loop {
-            let (claimed, length) = match command(&self.kept[at..]) {
-                Command::Whole(arguments, length) => (self.shared.claim(&arguments), length),
+            let (claimed, makes_a_replica, length) = match command(&self.kept[at..]) {
+                Command::Whole(arguments, length) => {
+                    let name = arguments.first().copied().unwrap_or_default();
+                    let makes_a_replica =
+                        name.eq_ignore_ascii_case(b"PSYNC") || name.eq_ignore_ascii_case(b"SYNC");
+                    (self.shared.claim(&arguments), makes_a_replica, length)
+                }
                 Command::Part if self.kept.len() - at <= KEPT_BYTES => return Ok(at),
                 Command::Part | Command::Foreign => {
                     warn!("a proxied client sends what is no command of redis: read no further");
@@ -123,6 +128,12 @@ impl Commands<'_> {
             }
             self.number += 1;
             at += length;
+            if makes_a_replica {
+                // What comes back is a copy of the data, and behind it commands: no replies.
+                self.state = State::Opaque;
+                self.link.is_redis.store(false, Ordering::SeqCst);
+                return Ok(self.kept.len());
+            }
         }
     }
 
