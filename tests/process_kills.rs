@@ -12,6 +12,8 @@ use crate::world::{LONG, SHARDS, World, calls_script_on, moves_position, traffic
 /// Sends traffic, and kills all workers of `role` while a command is held.
 fn kill_at(kafka: Kafka, role: &str, hold: impl FnOnce(&World) -> stand::proxy::Hold) -> World {
     let mut world = World::new(kafka);
+    // One flusher: another would die at any moment of its own.
+    world.plan.max_workers = 1;
     // Before anything is sent: a moment that has passed does not come again.
     let held = hold(&world);
     world.start();

@@ -22,7 +22,7 @@ use stand::{
 use store::{
     client::{CheckError, Client, Command, Reply, reply},
     keys::{Bucket, Member, journal_key, position_key},
-    scripts::{ClearCall, ClearReply, FieldOut, PositionCall, PositionReply},
+    scripts::{ClearCall, ClearReply, ClearTrace, FieldOut, PositionCall, PositionReply},
 };
 
 const SHARDS: u32 = 4;
@@ -502,21 +502,18 @@ fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
         };
         let clear = ClearCall {
             bucket,
-            member: member(1),
             ttl: TTL,
-            next_look: (held > 1).then_some(UnixMillis(4)),
-            fields: vec![out(field(0)), out(b"taken".to_vec())],
+            traces: vec![ClearTrace {
+                member: member(1),
+                next_look: (held > 1).then_some(UnixMillis(4)),
+                fields: vec![out(field(0)), out(b"taken".to_vec())],
+            }],
         };
         let value = insist(&mut client, &[clear.command()]).remove(0);
-        let score = (held > 1).then_some(UnixMillis(4));
         let left = u64::try_from(held).unwrap() - 1;
         assert_eq!(
-            ClearReply::read(&value),
-            Ok(ClearReply {
-                removed: 1,
-                left,
-                score
-            }),
+            ClearReply::read(&value, &clear),
+            Ok(vec![Ok(ClearReply { removed: 1, left })]),
             "shard {shard} moved {moved}"
         );
         let sum = insist(&mut client, &[Command::sum(bucket)]).remove(0);

@@ -15,7 +15,10 @@ use stand::redis::Redis;
 use store::{
     client::{Command, CommandError, Refusal, reply},
     keys::{Bucket, Member},
-    scripts::{ClearCall, ClearReply, FieldOut, PositionCall, PositionReply, QueueCall, QueueMode},
+    scripts::{
+        ClearCall, ClearReply, ClearTrace, FieldOut, PositionCall, PositionReply, QueueCall,
+        QueueMode,
+    },
 };
 
 use crate::store_scripts::client;
@@ -92,20 +95,25 @@ fn a_full_server_takes_no_entries_and_every_clean_up() {
         repeats: 0,
         dropped: Vec::new(),
     };
+    let trace = |member, fields| ClearTrace {
+        member,
+        next_look: Some(UnixMillis(7)),
+        fields,
+    };
     let clear = ClearCall {
         bucket: BUCKET,
-        member: member.clone(),
         ttl: TTL,
-        next_look: Some(UnixMillis(7)),
-        fields: vec![out],
+        traces: vec![
+            trace(member.clone(), vec![out]),
+            trace(Member::new(ProjectId(1), &TraceId::new(b"gone")), vec![]),
+        ],
     };
-    let cleared = ClearReply::read(&client.run(&[clear.command()]).remove(0).unwrap());
+    let cleared = ClearReply::read(&client.run(&[clear.command()]).remove(0).unwrap(), &clear);
+    let reply = |removed, left| Ok(ClearReply { removed, left });
+    assert_eq!(cleared, Ok(vec![reply(1, 1), reply(0, 0)]));
+    let due = Command::due(BUCKET, UnixMillis(7), 9);
     assert_eq!(
-        cleared,
-        Ok(ClearReply {
-            removed: 1,
-            left: 1,
-            score: Some(UnixMillis(7))
-        })
+        reply::scored(&client.run(&[due]).remove(0).unwrap()),
+        [(member.as_bytes().to_vec(), UnixMillis(7))]
     );
 }

@@ -17,7 +17,10 @@ use stand::{redis::Redis, rng::Rng};
 use store::{
     client::{Client, Command, reply},
     keys::{Bucket, Member, journal_key, position_key, queue_key, sum_key},
-    scripts::{ClearCall, ClearReply, FieldOut, PositionCall, PositionReply, QueueCall, QueueMode},
+    scripts::{
+        ClearCall, ClearReply, ClearTrace, FieldOut, PositionCall, PositionReply, QueueCall,
+        QueueMode,
+    },
 };
 
 const BUCKET: Bucket = Bucket {
@@ -68,16 +71,18 @@ fn member(trace: u64) -> Member {
 }
 
 impl Model {
-    fn score(&self, trace: u64) -> Option<UnixMillis> {
-        self.queue.get(&trace).copied().map(UnixMillis)
-    }
-
     fn lower(&mut self, trace: u64, score: u64) {
         let stands = self.queue.entry(trace).or_insert(score);
         *stands = (*stands).min(score);
     }
 
-    fn clear(&mut self, trace: u64, call: &ClearCall) -> ClearReply {
+    fn clear(&mut self, traces: &[u64], call: &ClearCall) -> Vec<ClearReply> {
+        let each = traces.iter().zip(&call.traces);
+        each.map(|(&trace, of_trace)| self.clear_one(trace, of_trace))
+            .collect()
+    }
+
+    fn clear_one(&mut self, trace: u64, call: &ClearTrace) -> ClearReply {
         let journal = self.journals.entry(trace).or_default();
         let mut removed = 0;
         for out in &call.fields {
@@ -108,11 +113,7 @@ impl Model {
         } else if let Some(next_look) = call.next_look {
             self.lower(trace, next_look.0);
         }
-        ClearReply {
-            removed,
-            left,
-            score: self.score(trace),
-        }
+        ClearReply { removed, left }
     }
 
     /// What Redis holds of the same bucket.
@@ -205,7 +206,7 @@ fn scripts_do_what_the_model_does() {
             1 => position(&mut client, &mut model, &mut rng, &context),
             2 => queue(&mut client, &mut model, &mut rng, &context),
             3 => small_changes(&mut client, &mut model, &mut rng, trace),
-            _ => clear(&mut client, &mut model, &mut rng, trace, &context),
+            _ => clear(&mut client, &mut model, &mut rng, &context),
         }
         assert_eq!(Model::read(&mut connection), model, "{context}");
         reads(&mut client, &model, &mut rng, &context);
@@ -477,7 +478,7 @@ fn queue(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
     }
 }
 
-fn clear(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64, context: &str) {
+fn clear(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
     let field = |rng: &mut Rng| FieldOut {
         field: vec![u8::try_from(rng.below(6)).unwrap(), 0, b'{'],
         produced: rng.below(4),
@@ -487,22 +488,141 @@ fn clear(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64, cont
             .filter_map(|reason| Some((*reason, 1 + rng.below(3))).filter(|_| rng.chance(200)))
             .collect::<Vec<_>>(),
     };
-    let fields: Vec<FieldOut> = (0..rng.below(5)).map(|_| field(rng)).collect();
-    let next_look = rng.chance(600).then(|| UnixMillis(700 + rng.below(1_000)));
+    // Now and then none, or one of them twice.
+    let traces: Vec<u64> = (0..rng.below(4)).map(|_| rng.below(4)).collect();
+    let of_trace = |&trace: &u64| ClearTrace {
+        member: member(trace),
+        next_look: rng.chance(600).then(|| UnixMillis(700 + rng.below(1_000))),
+        fields: (0..rng.below(5)).map(|_| field(rng)).collect(),
+    };
     let call = ClearCall {
         bucket: BUCKET,
-        member: member(trace),
         ttl: TTL,
-        next_look,
-        fields,
+        traces: traces.iter().map(of_trace).collect(),
     };
-    let expected = model.clear(trace, &call);
-    let reply = ClearReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
-    assert_eq!(reply, expected, "{context}");
+    let expected = model.clear(&traces, &call);
+    assert_eq!(run_clear(client, &call), expected, "{context}");
     if rng.chance(300) {
         // Not answered, and so repeated: nothing is counted twice.
-        let again = ClearReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
-        assert_eq!(again, model.clear(trace, &call), "{context}");
+        let expected = model.clear(&traces, &call);
+        assert_eq!(run_clear(client, &call), expected, "{context}");
+    }
+}
+
+fn run_clear(client: &mut Client, call: &ClearCall) -> Vec<ClearReply> {
+    let value = client.run(&[call.command()]).remove(0).unwrap();
+    let replies = ClearReply::read(&value, call).unwrap();
+    replies.into_iter().map(Result::unwrap).collect()
+}
+
+#[test]
+fn a_key_of_another_type_keeps_back_its_own_trace_alone() {
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(5));
+    let mut connection = redis.connection().unwrap();
+    for trace in [0, 2] {
+        let entries = [(b"a".to_vec(), b"chunk".to_vec())];
+        let commands = [
+            Command::insert(BUCKET, &member(trace), &entries),
+            Command::enqueue(BUCKET, &[(member(trace), UnixMillis(5))]),
+        ];
+        client
+            .run(&commands)
+            .into_iter()
+            .for_each(|reply| drop(reply.unwrap()));
+    }
+    redis::cmd("SET")
+        .arg(journal_key(BUCKET, &member(1)))
+        .arg("foreign")
+        .exec(&mut connection)
+        .unwrap();
+    let enqueue = Command::enqueue(BUCKET, &[(member(1), UnixMillis(5))]);
+    client.run(&[enqueue]).remove(0).unwrap();
+    let of_trace = |trace| ClearTrace {
+        member: member(trace),
+        next_look: None,
+        fields: vec![FieldOut {
+            field: b"a".to_vec(),
+            produced: 2,
+            repeats: 0,
+            dropped: Vec::new(),
+        }],
+    };
+    let call = ClearCall {
+        bucket: BUCKET,
+        ttl: TTL,
+        traces: (0..3).map(of_trace).collect(),
+    };
+    let value = client.run(&[call.command()]).remove(0).unwrap();
+    let replies = ClearReply::read(&value, &call).unwrap();
+    let cleared = Ok(ClearReply {
+        removed: 1,
+        left: 0,
+    });
+    assert_eq!((&replies[0], &replies[2]), (&cleared, &cleared));
+    let words = replies[1].as_ref().unwrap_err().to_string();
+    assert!(words.contains("WRONGTYPE"), "{words}");
+    let commands = [Command::sum(BUCKET), Command::queued(BUCKET, 0, 9)];
+    let answers = client.run(&commands).into_iter().map(Result::unwrap);
+    let answers: Vec<redis::Value> = answers.collect();
+    assert_eq!(
+        reply::counters(&answers[0]),
+        [("produced".to_owned(), 4)],
+        "the foreign key counts for nothing"
+    );
+    let queued = reply::list(&answers[1]).unwrap();
+    assert_eq!(queued, [member(1).as_bytes().to_vec()]);
+}
+
+#[test]
+fn what_a_clear_leaves_lives_on() {
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(5));
+    let mut connection = redis.connection().unwrap();
+    let entry = |field: &[u8]| (field.to_vec(), b"chunk".to_vec());
+    let commands = [
+        Command::insert(BUCKET, &member(0), &[entry(b"a"), entry(b"b")]),
+        Command::enqueue(BUCKET, &[(member(0), UnixMillis(5))]),
+        Command::set_in_sum(BUCKET, "produced", 1),
+    ];
+    client
+        .run(&commands)
+        .into_iter()
+        .for_each(|reply| drop(reply.unwrap()));
+    let keys = [
+        (journal_key(BUCKET, &member(0)), TTL),
+        (queue_key(BUCKET), 2 * TTL),
+        (sum_key(BUCKET), 2 * TTL),
+    ];
+    for (key, _) in &keys {
+        redis::cmd("EXPIRE")
+            .arg(key)
+            .arg(60)
+            .exec(&mut connection)
+            .unwrap();
+    }
+    let call = ClearCall {
+        bucket: BUCKET,
+        ttl: TTL,
+        traces: vec![ClearTrace {
+            member: member(0),
+            next_look: None,
+            fields: vec![FieldOut {
+                field: b"a".to_vec(),
+                produced: 2,
+                repeats: 0,
+                dropped: Vec::new(),
+            }],
+        }],
+    };
+    let reply = ClearReply {
+        removed: 1,
+        left: 1,
+    };
+    assert_eq!(run_clear(&mut client, &call), [reply]);
+    for (key, expected) in keys {
+        assert!(ttl(&mut connection, &key).is_some());
+        assert_ttl(&mut connection, &key, expected);
     }
 }
 
@@ -539,22 +659,38 @@ fn many_members_and_fields_go_in_one_call() {
             dropped: vec![("corrupt", 2)],
         })
         .collect();
-    let call = ClearCall {
-        bucket: BUCKET,
+    let many = ClearTrace {
         member: member(1),
-        ttl: TTL,
         next_look: None,
         fields,
     };
-    let reply = ClearReply::read(&client.run(&[call.command()]).remove(0).unwrap()).unwrap();
-    assert_eq!(
-        reply,
-        ClearReply {
-            removed: 9_000,
-            left: 0,
-            score: None
-        }
-    );
+    // More than Lua passes at once, of both kinds: those that are gone, and those that stay.
+    let stays = [(b"x".to_vec(), b"chunk".to_vec())];
+    let inserts: Vec<Command> = (2..5_002)
+        .map(|trace| Command::insert(BUCKET, &member(trace), &stays))
+        .collect();
+    client
+        .run(&inserts)
+        .into_iter()
+        .for_each(|reply| drop(reply.unwrap()));
+    let others = (2..10_001).map(|trace| ClearTrace {
+        member: member(trace),
+        next_look: Some(UnixMillis(1)),
+        fields: Vec::new(),
+    });
+    let call = ClearCall {
+        bucket: BUCKET,
+        ttl: TTL,
+        traces: std::iter::once(many).chain(others).collect(),
+    };
+    let replies = run_clear(&mut client, &call);
+    let reply = |removed, left| ClearReply { removed, left };
+    assert_eq!(replies[0], reply(9_000, 0));
+    assert!(replies[1..5_001].iter().all(|this| *this == reply(0, 1)));
+    assert!(replies[5_001..].iter().all(|this| *this == reply(0, 0)));
+    // Trace 0 was not named, 5,000 stay.
+    let left = client.run(&[Command::queue_len(BUCKET)]).remove(0).unwrap();
+    assert_eq!(reply::count(&left), 5_001);
     let sum = reply::counters(&client.run(&[Command::sum(BUCKET)]).remove(0).unwrap());
     assert_eq!(
         BTreeMap::from_iter(sum),

@@ -387,16 +387,22 @@ pub(crate) fn assert_no_board(pid: u32) {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// Whether a Redis command is the call of a script on a key that ends so, or holds that.
+/// Whether a Redis command is the call of a script, one of whose keys holds that.
 pub(crate) fn calls_script_on(part: &'static str) -> impl FnMut(&[&[u8]]) -> bool + Send + 'static {
+    let holds = move |key: &[u8]| {
+        key.windows(part.len())
+            .any(|window| window == part.as_bytes())
+    };
     move |arguments| {
-        let key = arguments.get(3).copied().unwrap_or_default();
-        arguments
-            .first()
-            .is_some_and(|name| name.eq_ignore_ascii_case(b"EVALSHA"))
-            && key
-                .windows(part.len())
-                .any(|window| window == part.as_bytes())
+        let [name, _, keys, rest @ ..] = arguments else {
+            return false;
+        };
+        let keys = std::str::from_utf8(keys).map(str::parse);
+        name.eq_ignore_ascii_case(b"EVALSHA")
+            && rest
+                .iter()
+                .take(keys.map_or(0, |keys| keys.unwrap_or(0)))
+                .any(|key| holds(key))
     }
 }
 

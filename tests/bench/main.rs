@@ -1,6 +1,6 @@
 //! Measures what an insert and a flush cost: the raw limit, a model of the original's way, and the product, in one run.
 //!
-//! In:     `bench PART…`: `store`, `codecs FILE…`, `kafka`, `latency RATE SECONDS`, `report DATE`; `commands SIZE [WAY…]` tells what Redis did.
+//! In:     `bench PART…`: `store`, `codecs FILE…`, `kafka`, `latency RATE SECONDS [real]`, `report DATE`; `commands SIZE [WAY…]` tells what Redis did.
 //! Out:    target/bench/PART.tsv, one line a measurement; `report` makes docs/performance.md and docs/performance.svg of them.
 //! Keeps:  ways take turns within every round, so that what else the machine does meets them alike; only ratios mean anything.
 //! Source: docs/store.md 7.
@@ -103,7 +103,11 @@ fn main() {
             rest.first()
                 .map_or(ROUNDS, |rounds| rounds.parse().unwrap()),
         ),
-        "latency" => whole::latency(rest[0].parse().unwrap(), rest[1].parse().unwrap()),
+        "latency" => whole::latency(
+            rest[0].parse().unwrap(),
+            rest[1].parse().unwrap(),
+            rest.get(2).is_some_and(|broker| broker == "real"),
+        ),
         "report" => report::write(&rest.join(" ")),
         other => panic!("no part of the bench: {other}"),
     }

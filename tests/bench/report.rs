@@ -294,7 +294,7 @@ fn kafka(text: &mut String) {
 
 fn latency(text: &mut String) {
     let lines = fs::read_to_string("target/bench/latency.tsv").unwrap_or_default();
-    text.push_str("### Lateness\n\nFrom a segment's deadline (last arrival as stored, and its timeout) until a reader has its message from Kafka, one worker of each role.\n\n| spans/s sent | segments looked at | not seen | least, ms | p50 | p90 | p99 | most |\n|---|---|---|---|---|---|---|---|\n");
+    text.push_str("### Lateness\n\nFrom a segment's deadline (last arrival as stored, and its timeout) until a reader has its message from Kafka, one worker of each role, in milliseconds. *Clocks*: how far the shards' clocks are behind the wall clock meanwhile, which is part of it.\n\n| Kafka | spans/s sent | due | segments looked at | not seen | least | p50 | p90 | p99 | most | clocks p50 | clocks p99 |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n");
     for line in lines.lines() {
         writeln!(text, "| {} |", line.replace('\t', " | ")).unwrap();
     }

@@ -13,7 +13,11 @@ use std::{
 
 use nix::sys::signal::Signal;
 use redis::Connection;
-use shared::time::{Clock, UnixMillis};
+use shared::{
+    board::{Board, boards},
+    shard::ShardId,
+    time::{Clock, UnixMillis},
+};
 use stand::{
     kafka::{INPUT, Kafka, OUTPUT},
     launch::{Supervisor, SupervisorPlan},
@@ -70,10 +74,13 @@ fn segment(rng: &mut Rng, serial: &mut u64, now: UnixMillis) -> (String, Vec<Vec
 
 fn settings(timeout: Duration) -> String {
     format!(
-        "buffer.timeout = \"{0}s\"\nbuffer.root_timeout = \"{0}s\"\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\nredis.timeout = \"5s\"\n",
+        "buffer.timeout = \"{0}s\"\nbuffer.root_timeout = \"{0}s\"\nkafka.producer = {{ \"compression.type\" = \"zstd\" }}\nredis.timeout = \"4s\"\n",
         timeout.as_secs()
     )
 }
+
+/// A mock answers an empty fetch after the time that it may wait and not before, whatever came meanwhile; a real broker at once.
+const MOCK_ALONE: &str = "kafka.consumer = { \"fetch.wait.max.ms\" = \"20\" }\n";
 
 /// A sum over all shards of one field of a hash.
 fn total(redis: &mut Connection, key: &str, field: &str) -> u64 {
@@ -209,19 +216,47 @@ fn watch(
     }
 }
 
-/// How late segments come, at a rate of spans a second.
-pub(crate) fn latency(rate: u64, seconds: u64) {
+/// How late segments come, at a rate of spans a second: those that are due while spans come, and those that are due afterwards.
+/// Beside it how far the shards' clocks are behind the wall clock: nothing is flushed before its clock says so.
+pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
     const ROOT_TIMEOUT: Duration = Duration::from_secs(2);
     /// Every so many segments are looked at in Redis.
     const SAMPLE: u64 = 10;
     let redis = Redis::start().unwrap();
-    let kafka = Kafka::mock(SHARDS).unwrap();
+    let kafka = if real {
+        Kafka::real(SHARDS)
+    } else {
+        Kafka::mock(SHARDS)
+    };
+    let kafka = kafka.unwrap();
     let mut plan = SupervisorPlan::new(SHARDS, &kafka.brokers(), &redis.address());
     (plan.max_workers, plan.ingest_workers) = (1, 1);
     plan.settings = settings(ROOT_TIMEOUT);
+    if !real {
+        plan.settings.push_str(MOCK_ALONE);
+    }
     let mut supervisor = Supervisor::start(plan).unwrap();
     supervisor.await_workers("flush", 1, PATIENCE).unwrap();
     supervisor.await_workers("ingest", 1, PATIENCE).unwrap();
+    let mine = format!("spanbuf-{}-", supervisor.pid());
+    let name = boards().into_iter().find(|name| name.starts_with(&mine));
+    let board = Board::open_read(&name.unwrap()).unwrap();
+    // Both roles are at work when every clock runs: a start is not what is measured.
+    let started = Clock::mono_now();
+    let runs = |shard| {
+        let clock = board
+            .clock(ShardId(shard))
+            .map(|clock| clock.read(Clock::mono_now()));
+        clock.is_some_and(|clock| Clock::wall_now().since(clock) < Duration::from_millis(100))
+    };
+    while !(0..SHARDS).all(runs) {
+        assert!(
+            Clock::mono_now().since(started) < PATIENCE,
+            "no clock runs: {}",
+            supervisor.log()
+        );
+        pause(Duration::from_millis(5));
+    }
 
     let brokers = kafka.brokers();
     let (stop, stopped) = crossbeam_channel::bounded::<()>(1);
@@ -250,6 +285,7 @@ pub(crate) fn latency(rate: u64, seconds: u64) {
     let begun = Clock::mono_now();
     let mut asked: VecDeque<(u64, u64, String)> = VecDeque::new();
     let mut deadlines: HashMap<String, UnixMillis> = HashMap::new();
+    let (mut behind, mut last_sent) = (Vec::new(), UnixMillis::default());
     loop {
         let elapsed = Clock::mono_now().since(begun);
         let sending = elapsed < Duration::from_secs(seconds);
@@ -273,7 +309,7 @@ pub(crate) fn latency(rate: u64, seconds: u64) {
             if count.is_multiple_of(SAMPLE) {
                 asked.push_back((now.0, shard, trace));
             }
-            count += 1;
+            (count, last_sent) = (count + 1, now);
         }
         // Well behind their insert, well before their deadline.
         while let Some((sent, shard, trace)) = asked.front() {
@@ -293,38 +329,75 @@ pub(crate) fn latency(rate: u64, seconds: u64) {
             }
             asked.pop_front();
         }
+        if sending {
+            let (mono, wall) = (Clock::mono_now(), Clock::wall_now());
+            let clocks = (0..SHARDS).filter_map(|shard| board.clock(ShardId(shard)));
+            behind.extend(clocks.map(|clock| signed(wall) - signed(clock.read(mono))));
+        }
         pause(Duration::from_millis(2));
     }
     pause(ROOT_TIMEOUT + Duration::from_secs(2));
     stop.send(()).unwrap();
     let came = reader.join().unwrap();
-    let mut late: Vec<i64> = deadlines
-        .iter()
-        .filter_map(|(trace, deadline)| {
-            let came = came.get(trace)?;
-            Some(i64::try_from(came.0).unwrap() - i64::try_from(deadline.0).unwrap())
-        })
-        .collect();
-    late.sort_unstable();
-    let missing = deadlines.len() - late.len();
-    let at = |permille: usize| {
-        late.get(late.len() * permille / 1_000)
-            .copied()
-            .unwrap_or(0)
-    };
-    let line = format!(
-        "{rate}\t{}\t{missing}\t{}\t{}\t{}\t{}\t{}",
-        late.len(),
-        late.first().copied().unwrap_or(0),
-        at(500),
-        at(900),
-        at(990),
-        late.last().copied().unwrap_or(0)
+    let behind = Spread::of(behind);
+    let broker = if real { "a real broker" } else { "mock" };
+    let mut results = Results::open("latency");
+    println!(
+        "broker\trate\twhen\tsegments\tmissing\tmin\tp50\tp90\tp99\tmax\tclock p50\tclock p99"
     );
-    println!("rate\tsegments\tmissing\tmin\tp50\tp90\tp99\tmax\n{line}");
-    Results::open("latency").line(&line);
+    for (when, later) in [("while spans come", false), ("after the last span", true)] {
+        let of_this = deadlines
+            .iter()
+            .filter(|(_, deadline)| (**deadline > last_sent) == later);
+        let (mut late, mut missing) = (Vec::new(), 0);
+        for (trace, deadline) in of_this {
+            match came.get(trace) {
+                Some(&came) => late.push(signed(came) - signed(*deadline)),
+                None => missing += 1,
+            }
+        }
+        let late = Spread::of(late);
+        let clock = match later {
+            false => format!("{}\t{}", behind.at(500), behind.at(990)),
+            true => "\t".into(),
+        };
+        let line = format!(
+            "{broker}\t{rate}\t{when}\t{}\t{missing}\t{}\t{}\t{}\t{}\t{}\t{clock}",
+            late.0.len(),
+            late.at(0),
+            late.at(500),
+            late.at(900),
+            late.at(990),
+            late.most()
+        );
+        println!("{line}");
+        results.line(&line);
+    }
     supervisor.signal(Signal::SIGTERM).unwrap();
     supervisor.wait_exit(PATIENCE).unwrap();
+}
+
+fn signed(time: UnixMillis) -> i64 {
+    i64::try_from(time.0).unwrap()
+}
+
+/// Values in order.
+struct Spread(Vec<i64>);
+
+impl Spread {
+    fn of(mut values: Vec<i64>) -> Self {
+        values.sort_unstable();
+        Self(values)
+    }
+
+    fn at(&self, permille: usize) -> i64 {
+        let place = self.0.len() * permille / 1_000;
+        self.0.get(place).copied().unwrap_or(0)
+    }
+
+    fn most(&self) -> i64 {
+        self.0.last().copied().unwrap_or(0)
+    }
 }
 
 /// The trace of the first span of a message.

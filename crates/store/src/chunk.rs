@@ -9,6 +9,7 @@
 use std::{cell::RefCell, ops::Range};
 
 use shared::config::Compression;
+use xxhash_rust::xxh3::xxh3_64;
 use zstd::bulk::{Compressor, Decompressor};
 
 use crate::varint::{self, Reader};
@@ -139,11 +140,12 @@ impl Chunk {
     }
 }
 
-const NONE: u8 = 0;
-const LZ4: u8 = 1;
-const ZSTD: u8 = 2;
+// 0 to 3 were these with a part of a blake3 hash behind them: no chunk of ours any more.
+const NONE: u8 = 4;
+const LZ4: u8 = 5;
+const ZSTD: u8 = 6;
 /// Reserved: zstd with a dictionary, whose number follows the codec.
-const ZSTD_DICTIONARY: u8 = 3;
+const ZSTD_DICTIONARY: u8 = 7;
 
 /// The lowest: ingest pays for it span by span, and the repeated keys of JSON are found at any level.
 const ZSTD_LEVEL: i32 = 1;
@@ -154,8 +156,8 @@ thread_local! {
     static UNPACKER: RefCell<Decompressor<'static>> = RefCell::new(Decompressor::default());
 }
 
-/// The end of a chunk: the first bytes of the blake3 hash of all before it. Four bytes tell all but one in four billion damaged
-/// chunks; whoever damages them on purpose can write any chunk.
+/// The end of a chunk: half of the 64 bits of XXH3 over all before it. Four bytes tell all but one in four billion damaged chunks;
+/// whoever damages them on purpose can write any chunk, so a hash that withstands that would be paid for in vain.
 const CHECKSUM: usize = 4;
 
 /// Packs spans, which must be one at least. What does not become smaller is stored as it is: that costs nothing to read.
@@ -205,7 +207,8 @@ fn joined(spans: &[(&[u8], &Splice)], length: usize) -> Vec<u8> {
 /// Units: `max_bytes` bounds the payloads before compression; no more is ever allocated for them.
 pub fn decode(bytes: &[u8], max_bytes: u64) -> Result<Chunk, ChunkError> {
     // Before the checksum: a codec of another version may have another one.
-    if let Some(&code) = bytes.first().filter(|&&code| code > ZSTD_DICTIONARY) {
+    let known = NONE..=ZSTD_DICTIONARY;
+    if let Some(&code) = bytes.first().filter(|code| !known.contains(code)) {
         return Err(ChunkError::UnknownCodec(code));
     }
     let content = intact(bytes).ok_or(ChunkError::Damaged(ChunkDamage::Checksum))?;
@@ -230,7 +233,7 @@ fn intact(bytes: &[u8]) -> Option<&[u8]> {
 }
 
 fn checksum(content: &[u8]) -> [u8; CHECKSUM] {
-    let [a, b, c, d, ..] = *blake3::hash(content).as_bytes();
+    let [.., a, b, c, d] = xxh3_64(content).to_be_bytes();
     [a, b, c, d]
 }
 
@@ -515,9 +518,11 @@ mod tests {
         let (content, sum) = chunk.split_last_chunk::<CHECKSUM>().unwrap();
         assert_eq!(
             content,
-            b"\x00\x02\x07\x07\x03\x04\x02\x01\x00\x0a\x00abcdefg"
+            b"\x04\x02\x07\x07\x03\x04\x02\x01\x00\x0a\x00abcdefg"
         );
         assert_eq!(*sum, checksum(content));
+        // The low half of XXH3's own word on nothing, as its specification has it.
+        assert_eq!(checksum(b""), 0x38d3_94c2_u32.to_be_bytes());
         let repeated = b"abcdefgh".repeat(100);
         assert_eq!(encode(Codec::Lz4, &[(&repeated, &PLAIN)])[0], LZ4);
         assert_eq!(encode(Codec::Zstd, &[(&repeated, &PLAIN)])[0], ZSTD);
@@ -526,7 +531,12 @@ mod tests {
 
     #[test]
     fn what_another_version_writes_is_told_from_damage() {
-        assert_eq!(decode(&[4], 10).unwrap_err(), ChunkError::UnknownCodec(4));
+        for code in [0, 3, 8] {
+            assert_eq!(
+                decode(&[code], 10).unwrap_err(),
+                ChunkError::UnknownCodec(code)
+            );
+        }
         assert_eq!(
             decode(&[255; 9], 10).unwrap_err(),
             ChunkError::UnknownCodec(255)
@@ -536,7 +546,7 @@ mod tests {
             ChunkError::UnknownDictionary(133)
         );
         assert_eq!(damage(vec![ZSTD_DICTIONARY], 10), ChunkDamage::Table);
-        for bytes in [&[][..], &[0], &[3, 1], &checksum(b"")] {
+        for bytes in [&[][..], &[4], &[7, 1], &checksum(b"")] {
             assert!(
                 matches!(
                     decode(bytes, 10),

@@ -201,15 +201,22 @@ impl QueueCall {
     }
 }
 
-/// What is removed of one journal, and counted.
+/// What is removed of journals of one bucket, and counted.
 #[derive(Debug, Clone)]
 pub struct ClearCall {
     /// The bucket.
     pub bucket: Bucket,
-    /// The trace.
-    pub member: Member,
     /// `redis.redis_ttl`.
     pub ttl: Duration,
+    /// The traces. The server stands still meanwhile: the caller bounds them, and their fields.
+    pub traces: Vec<ClearTrace>,
+}
+
+/// What is removed of one journal.
+#[derive(Debug, Clone)]
+pub struct ClearTrace {
+    /// The trace.
+    pub member: Member,
     /// When what is left is looked at; none: nothing was left when the journal was read.
     pub next_look: Option<UnixMillis>,
     /// The entries to remove.
@@ -229,40 +236,44 @@ pub struct FieldOut {
     pub dropped: Vec<(&'static str, u64)>,
 }
 
-/// What a clear did.
+/// What a clear did to one journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClearReply {
     /// Fields that this call removed.
     pub removed: u64,
     /// Fields that are left.
     pub left: u64,
-    /// The trace's score afterwards; none: it is in the queue no more.
-    pub score: Option<UnixMillis>,
 }
+
+/// A key that stands where a journal should, and is none: nothing of its trace was removed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0} (is this server shared with something else?)")]
+pub struct NoJournal(String);
 
 impl ClearCall {
     /// The command.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut call = CLEAR.call(&[
-            journal_key(self.bucket, &self.member),
-            queue_key(self.bucket),
-            sum_key(self.bucket),
-        ]);
-        let next_look = self
-            .next_look
-            .map_or_else(String::new, |next_look| next_look.to_string());
-        call.arg(millis(self.ttl))
-            .arg(millis(long_ttl(self.ttl)))
-            .arg(self.member.as_bytes())
-            .arg(next_look);
-        for out in &self.fields {
-            call.arg(&out.field[..])
-                .arg(out.produced)
-                .arg(out.repeats)
-                .arg(out.dropped.len());
-            for (reason, spans) in &out.dropped {
-                call.arg(reason).arg(spans);
+        let mut keys = vec![queue_key(self.bucket), sum_key(self.bucket)];
+        let journals = self.traces.iter();
+        keys.extend(journals.map(|trace| journal_key(self.bucket, &trace.member)));
+        let mut call = CLEAR.call(&keys);
+        call.arg(millis(self.ttl)).arg(millis(long_ttl(self.ttl)));
+        for trace in &self.traces {
+            let next_look = trace
+                .next_look
+                .map_or_else(String::new, |next_look| next_look.to_string());
+            call.arg(trace.member.as_bytes())
+                .arg(next_look)
+                .arg(trace.fields.len());
+            for out in &trace.fields {
+                call.arg(&out.field[..])
+                    .arg(out.produced)
+                    .arg(out.repeats)
+                    .arg(out.dropped.len());
+                for (reason, spans) in &out.dropped {
+                    call.arg(reason).arg(spans);
+                }
             }
         }
         Command::script(self.bucket, &CLEAR, call)
@@ -270,39 +281,47 @@ impl ClearCall {
 }
 
 impl ClearReply {
-    /// Reads the reply.
+    /// Reads the reply: for each trace of the call what became of it, in the same order.
     ///
     /// # Errors
     /// [`ReplyError`] for any other shape.
-    pub fn read(value: &Value) -> Result<Self, ReplyError> {
+    pub fn read(
+        value: &Value,
+        call: &ClearCall,
+    ) -> Result<Vec<Result<Self, NoJournal>>, ReplyError> {
         let wrong = ReplyError {
             script: "clear.lua",
-            expected: "two counts and a score",
+            expected: "two counts for each trace",
         };
         let Value::Array(parts) = value else {
             return Err(wrong);
         };
-        let [removed, left, score] = &parts[..] else {
+        if parts.len() != 2 * call.traces.len() {
             return Err(wrong);
-        };
-        let score = match reply::bytes(score) {
-            Some([]) => None,
-            Some(text) => Some(reply::score(text).ok_or_else(|| wrong.clone())?),
-            None => return Err(wrong),
-        };
-        match (reply::number(removed), reply::number(left)) {
-            (Some(removed), Some(left)) => Ok(Self {
-                removed,
-                left,
-                score,
-            }),
-            _ => Err(wrong),
         }
+        let read = |pair: &[Value]| match pair {
+            [Value::Int(removed), Value::Int(left)] => Some(Ok(Self {
+                removed: u64::try_from(*removed).ok()?,
+                left: u64::try_from(*left).ok()?,
+            })),
+            [error, _] => {
+                let words = String::from_utf8_lossy(reply::bytes(error)?);
+                Some(Err(NoJournal(words.into_owned())))
+            }
+            _ => None,
+        };
+        let replies: Option<Vec<_>> = parts.chunks_exact(2).map(read).collect();
+        replies.ok_or(wrong)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use shared::{
+        ids::{ProjectId, TraceId},
+        shard::{BucketId, ShardId},
+    };
+
     use super::*;
 
     fn bulk(text: &str) -> Value {
@@ -327,14 +346,40 @@ mod tests {
             Value::Array(vec![Value::Int(0), bulk("x")]),
         ] {
             assert!(PositionReply::read(&wrong).is_err(), "{wrong:?}");
-            assert!(ClearReply::read(&wrong).is_err(), "{wrong:?}");
+            assert!(ClearReply::read(&wrong, &call(1)).is_err(), "{wrong:?}");
         }
-        let cleared = Value::Array(vec![Value::Int(2), Value::Int(1), bulk("1500")]);
-        let expected = ClearReply {
-            removed: 2,
-            left: 1,
-            score: Some(UnixMillis(1_500)),
+        let numbers = |numbers: &[i64]| {
+            Value::Array(numbers.iter().map(|&number| Value::Int(number)).collect())
         };
-        assert_eq!(ClearReply::read(&cleared), Ok(expected));
+        let reply = |removed, left| Ok(ClearReply { removed, left });
+        assert_eq!(
+            ClearReply::read(&numbers(&[2, 1, 0, 3]), &call(2)),
+            Ok(vec![reply(2, 1), reply(0, 3)])
+        );
+        let foreign = Value::Array(vec![bulk("WRONGTYPE"), Value::Int(0)]);
+        assert_eq!(
+            ClearReply::read(&foreign, &call(1)),
+            Ok(vec![Err(NoJournal("WRONGTYPE".to_owned()))])
+        );
+        for (wrong, traces) in [(&[2, 1][..], 2), (&[2, 1, 0], 1), (&[-1, 0], 1)] {
+            assert!(ClearReply::read(&numbers(wrong), &call(traces)).is_err());
+        }
+    }
+
+    fn call(traces: u64) -> ClearCall {
+        let trace = |number| ClearTrace {
+            member: Member::new(ProjectId(number), &TraceId::new(b"t")),
+            next_look: None,
+            fields: Vec::new(),
+        };
+        ClearCall {
+            bucket: Bucket {
+                slice: None,
+                shard: ShardId(0),
+                bucket: BucketId(0),
+            },
+            ttl: Duration::from_secs(1),
+            traces: (0..traces).map(trace).collect(),
+        }
     }
 }

@@ -32,6 +32,9 @@ use crate::beat::Beat;
 /// The longest wait for one answer of a broker.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long a broker holds a fetch back that finds no message, in milliseconds; `kafka.consumer` may say otherwise.
+const FETCH_WAIT_MS: &str = "50";
+
 /// How often a pending answer is looked for.
 const POLL: Duration = Duration::from_millis(20);
 
@@ -79,6 +82,9 @@ pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
+        // A broker answers one request of a connection after the other: a question for the ends waits behind a fetch that waits
+        // for messages, and the clocks of a partition that is read to its end stand meanwhile. librdkafka's default is 500.
+        .set("fetch.wait.max.ms", FETCH_WAIT_MS)
         .set("queued.max.messages.kbytes", prefetch_kib.to_string());
     set_all(&mut client, &kafka.consumer);
     client

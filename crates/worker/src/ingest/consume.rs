@@ -33,6 +33,8 @@ use crate::kafka::{self, ANSWER_TIMEOUT, Context, MakeError};
 const COMMIT_SLICE: Duration = Duration::from_millis(50);
 /// How often the broker is asked for the ends of the partitions; an answer speaks for 2 s (docs/spec.md 2.6).
 const ENDS_EVERY: Duration = Duration::from_millis(750);
+/// How soon it may be asked again when a shard came to its end and the broker has not said so yet: till then its clock stands.
+const ENDS_SOON: Duration = Duration::from_millis(100);
 /// How long that question may take: it stands in the way of the next batch.
 const ENDS_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long it is not asked again after it failed.
@@ -157,6 +159,11 @@ impl Reading {
             eof: false,
             eof_end: None,
         }
+    }
+
+    /// Whether the consumer came to the end and the broker's word on it is missing.
+    fn wants_end(&self) -> bool {
+        self.eof && self.at_end.is_none() && !self.paused
     }
 
     /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
@@ -454,15 +461,8 @@ impl Input {
     /// [`ConsumeError::Ask`]: nobody's end is known then, and the clocks stand.
     pub fn ask_ends(&mut self) -> Result<bool, ConsumeError> {
         let now = Clock::mono_now();
-        let pause = if self.ends_failed {
-            ENDS_PAUSE
-        } else {
-            ENDS_EVERY
-        };
-        if self
-            .ends_asked
-            .is_some_and(|asked| now.since(asked) < pause)
-        {
+        let since = self.ends_asked.map(|asked| now.since(asked));
+        if since.is_some_and(|since| since < self.ends_pause()) {
             return Ok(false);
         }
         self.ends_asked = Some(now);
@@ -490,6 +490,17 @@ impl Input {
                 Err(self.asked("read ends of partitions", source))
             }
             Err(_) => Ok(true),
+        }
+    }
+
+    /// How long after one question for the ends the next one may follow.
+    fn ends_pause(&self) -> Duration {
+        if self.ends_failed {
+            ENDS_PAUSE
+        } else if self.shards.values().any(Reading::wants_end) {
+            ENDS_SOON
+        } else {
+            ENDS_EVERY
         }
     }
 
@@ -625,4 +636,35 @@ fn partition_of(shard: ShardId) -> i32 {
 
 fn offset_of(next: u64) -> Offset {
     Offset::Offset(i64::try_from(next).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::config::{Config, Flags};
+
+    use super::*;
+
+    #[test]
+    fn an_end_is_asked_for_soon_until_it_is_told() {
+        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0-1".into());
+        let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
+        let mut input = Input::new(&config.kafka, 1 << 20).unwrap();
+        let (busy, idle) = (ShardId(0), ShardId(1));
+        for (shard, next) in [(busy, 5), (idle, 7)] {
+            input.shards.insert(shard, Reading::at(next, false));
+        }
+        assert_eq!(input.ends_pause(), ENDS_EVERY, "nobody came to an end");
+        input.came_to_end(&[idle]);
+        assert_eq!(input.ends_pause(), ENDS_SOON);
+        input.take_end(idle, 8, MonoNanos(1));
+        assert_eq!(input.ends_pause(), ENDS_SOON, "the end is elsewhere");
+        input.take_end(idle, 7, MonoNanos(2));
+        assert_eq!(input.ends_pause(), ENDS_EVERY, "it was told");
+        input.came_to_end(&[busy]);
+        input.ends_failed = true;
+        assert_eq!(input.ends_pause(), ENDS_PAUSE, "no answer: not so soon");
+        input.ends_failed = false;
+        input.advance(busy, 6);
+        assert_eq!(input.ends_pause(), ENDS_EVERY, "more came");
+    }
 }
