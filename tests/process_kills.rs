@@ -92,10 +92,16 @@ fn a_flusher_killed_with_a_segment_acknowledged_and_not_cleared_on_a_real_kafka(
 
 #[test]
 fn a_clear_that_was_carried_out_but_not_answered_doubles_nothing() {
-    kill_at(Kafka::mock(SHARDS).unwrap(), "flush", |world| {
+    let mut world = kill_at(Kafka::mock(SHARDS).unwrap(), "flush", |world| {
         world.proxy.hold_reply_when(calls_script_on(":t:"))
-    })
-    .settle_exact();
+    });
+    if world.redis.is_cluster() {
+        // The clears of the other nodes may not have been sent: what they name comes again, with equal flush ids.
+        world.settle();
+        world.assert_store_is_even();
+    } else {
+        world.settle_exact();
+    }
 }
 
 fn the_supervisor(kafka: Kafka) {

@@ -1,6 +1,7 @@
 //! Input that wants to grow in memory does not.
 
-use stand::{kafka::Kafka, launch::Worker};
+use shared::time::Clock;
+use stand::{kafka::Kafka, launch::Worker, traffic::SpanMessage};
 
 use crate::world::{SHARDS, World, message, span};
 
@@ -20,7 +21,7 @@ fn a_huge_segment_id_in_hundreds_of_spans_is_produced_part_by_part() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     world.plan.settings = world.settings("flush.max_flush_bytes = \"16MiB\"\n");
     world.start();
-    let now = shared::time::Clock::wall_now();
+    let now = Clock::wall_now();
     // One span names a parent that nobody sent, a megabyte long; all others hang under that span. The name goes into each.
     let parent = "p".repeat(1_000_000);
     let spans: Vec<_> = (0..SPANS)
@@ -44,4 +45,85 @@ fn a_huge_segment_id_in_hundreds_of_spans_is_produced_part_by_part() {
         .sum();
     assert!(bytes > 240_000_000, "{bytes}");
     assert!(peaks.iter().all(|&peak| peak < 200), "{peaks:?} MiB");
+}
+
+/// Sends spans made one after the other, all of this moment.
+fn send(world: &mut World, spans: u64, mut make: impl FnMut(u64) -> (u32, Vec<u8>)) {
+    let now = Clock::wall_now();
+    let messages: Vec<SpanMessage> = (1..=spans)
+        .map(|serial| {
+            let (partition, payload) = make(serial);
+            message(partition, now, payload)
+        })
+        .collect();
+    world.send(&messages);
+}
+
+/// What a shape must hold to: every span once, bounded memory, and a Redis that serves others meanwhile.
+fn hold_to(shape: &str, mut world: World) {
+    let begun = Clock::mono_now();
+    world.await_all();
+    let took = Clock::mono_now().since(begun);
+    let peaks: Vec<u64> = world.workers().iter().map(peak).collect();
+    let slow = world.redis.slow_calls();
+    println!("{shape}: out {took:?} after it was sent, peaks {peaks:?} MiB, slow calls {slow:?}");
+    world.settle_exact();
+    assert!(peaks.iter().all(|&peak| peak < 400), "{peaks:?} MiB");
+    // One or two may have waited for a core; a kind of call that takes long is there again and again.
+    assert!(slow.len() < 3, "{slow:?}");
+}
+
+fn watched() -> World {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.redis.watch_slow_calls();
+    world.start();
+    world
+}
+
+#[test]
+fn a_segment_of_a_hundred_thousand_spans_comes_out_whole() {
+    const SPANS: u64 = 100_000;
+    let mut world = watched();
+    // Child first: each names the next as its parent, the last is the root.
+    send(&mut world, SPANS, |serial| {
+        let parent = (serial < SPANS).then(|| format!("{:016x}", serial + 1));
+        (
+            0,
+            span("t", &format!("{serial:016x}"), parent.as_deref(), serial, 0),
+        )
+    });
+    hold_to("a segment of 100,000 spans", world);
+}
+
+#[test]
+fn a_trace_of_ten_thousand_segments_comes_out_whole() {
+    let mut world = watched();
+    // Each names a parent of its own that nobody sent: an entry each, and a segment each.
+    send(&mut world, 10_000, |serial| {
+        let parent = format!("f{serial:015x}");
+        (
+            1,
+            span("t", &format!("{serial:016x}"), Some(&parent), serial, 0),
+        )
+    });
+    hold_to("a trace of 10,000 segments", world);
+}
+
+#[test]
+fn a_hundred_thousand_traces_that_are_due_at_once_come_out() {
+    let mut world = watched();
+    send(&mut world, 100_000, |serial| {
+        let shard = u32::try_from(serial % u64::from(SHARDS)).unwrap();
+        (
+            shard,
+            span(
+                &format!("{serial:032x}"),
+                "1111111111111111",
+                None,
+                serial,
+                0,
+            ),
+        )
+    });
+    hold_to("100,000 traces", world);
 }

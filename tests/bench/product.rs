@@ -20,7 +20,7 @@ use worker::{
     deliver::{Deliver, Fault, Outgoing},
     flush::{
         assemble::Limits,
-        choose::{Budget, choose},
+        choose::{Budget, Choice},
         clear, due,
         headers::{self, Failures},
         load,
@@ -145,11 +145,13 @@ impl Product {
             &mut Failures::default(),
         )
         .unwrap();
-        let chosen = choose(looked.journals, &limits, &budget);
-        let loaded = load::load(client, beat, chosen.looks).unwrap();
-        let produced = self.output.produce(loaded, beat);
-        clear::clear(client, beat, produced, ttl, &BTreeMap::new()).unwrap();
-        queues.more || looked.left || chosen.left
+        let mut choice = Choice::new(looked.journals, &limits);
+        while !choice.is_empty() {
+            let loaded = load::load(client, beat, choice.wave(&budget)).unwrap();
+            let produced = self.output.produce(loaded, beat);
+            clear::clear(client, beat, produced, ttl, &BTreeMap::new()).unwrap();
+        }
+        queues.more || looked.left
     }
 }
 

@@ -170,6 +170,34 @@ impl Store {
         self.on_all(|redis| Ok(command.exec(&mut redis.connection()?)?));
     }
 
+    /// Has every server note calls of over 20 ms.
+    pub(crate) fn watch_slow_calls(&mut self) {
+        for (name, value) in [
+            ("slowlog-log-slower-than", "20000"),
+            ("slowlog-max-len", "1000"),
+        ] {
+            self.on_all(|redis| redis.config_set(name, value));
+        }
+    }
+
+    /// The calls of over 20 ms, each with its first words and its microseconds.
+    pub(crate) fn slow_calls(&self) -> Vec<(String, u64)> {
+        type Call = (u64, u64, u64, Vec<Vec<u8>>, String, String);
+        let mut slow = Vec::new();
+        for node in self.nodes() {
+            let log = redis::cmd("SLOWLOG").arg("GET").arg(-1).take();
+            let calls: Vec<Call> = log.query(&mut node.connection().unwrap()).unwrap();
+            let words = |words: &[Vec<u8>]| {
+                words[..words.len().min(4)]
+                    .join(&b' ')
+                    .escape_ascii()
+                    .to_string()
+            };
+            slow.extend(calls.iter().map(|call| (words(&call.3), call.2)));
+        }
+        slow
+    }
+
     /// The key of a bucket: its `pos`, `q`, `sum`.
     pub(crate) fn key(&self, shard: u32, bucket: u32, what: &str) -> String {
         format!("span-buf:{{{}{shard}.{bucket}}}:{what}", self.slice)

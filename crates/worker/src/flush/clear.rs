@@ -16,13 +16,13 @@ use store::{
     scripts::{ClearCall, ClearReply, ClearTrace, FieldOut, NoJournal, QueueCall, QueueMode},
 };
 
-use super::{choose::Look, headers::put_off_all, produce::Produced};
+use super::{choose::Look, due::Due, headers::put_off_all, produce::Produced};
 use crate::{Ended, ask::ask, beat::Beat};
 
 /// Traces and fields that one call removes: about a millisecond, in which the server does nothing else.
 const CALL_MAX: usize = 500;
 
-/// Clears every trace of which something left; lowers the scores of the others to their next look.
+/// Clears every trace of which something left; lowers the scores of the others to their next look. Gives the traces that were put off.
 ///
 /// # Errors
 /// [`Ended::Stopped`]: what was not cleared then is produced once more, with the same `flush_id`.
@@ -32,7 +32,7 @@ pub fn clear(
     produced: Vec<Produced>,
     ttl: Duration,
     ledgers: &BTreeMap<ShardId, Ledger>,
-) -> Result<(), Ended> {
+) -> Result<Vec<Due>, Ended> {
     let (mut clears, mut lowered, mut put_off) = (
         BTreeMap::<Bucket, Vec<_>>::new(),
         BTreeMap::<Bucket, Vec<_>>::new(),
@@ -83,7 +83,8 @@ pub fn clear(
     for refusal in answers.filter_map(Result::err) {
         error!("queue traces: {refusal}");
     }
-    put_off_all(client, beat, put_off, ttl)
+    put_off_all(client, beat, put_off.clone(), ttl)?;
+    Ok(put_off)
 }
 
 /// Cuts what is cleared of one bucket into calls of a bounded size; a larger trace goes alone.

@@ -23,8 +23,8 @@ use store::{
 
 use self::{
     assemble::Limits,
-    choose::{Budget, choose},
-    due::Queues,
+    choose::{Budget, Choice, Look},
+    due::{Due, Queues},
     headers::{Failures, Looked},
     produce::Output,
     upkeep::Upkeep,
@@ -129,30 +129,48 @@ impl Flush {
             &mut self.failures,
         )?;
         self.beat.phase(Phase::Work);
-        let chosen = choose(journals, &limits, &budget);
-        let loaded = load::load(&mut self.client, &mut self.beat, chosen.looks)?;
-        let produced = self.output.produce(loaded, &mut self.beat);
-        clear::clear(
-            &mut self.client,
-            &mut self.beat,
-            produced,
-            ttl,
-            &self.ledgers,
-        )?;
+        let looked = Clock::mono_now();
+        // As long as the looks took, so that half of the time goes into what they are for.
+        let until = looked.after(looked.since(begun).max(CYCLE_EVERY));
+        let mut choice = Choice::new(journals, &limits);
+        let mut failed = false;
+        let goes_on = |beat: &Beat| !beat.stopping() && Clock::mono_now() < until;
+        while !failed && !choice.is_empty() && goes_on(&self.beat) {
+            for put_off in self.flush(choice.wave(&budget))? {
+                choice.forget(&put_off);
+            }
+            failed = self.output.left_open();
+        }
+        let unfinished = !choice.is_empty();
+        if unfinished {
+            self.flush(choice.rest())?;
+        }
 
-        let left = more || unread || chosen.left;
+        let left = more || unread || unfinished;
         self.upkeep
             .turn(&mut self.client, &mut self.beat, ttl, &self.ledgers)?;
         self.beat.cells().queue_depth(depth);
         self.beat.backpressure(Reason::Due, left.then_some(begun));
         self.beat.turn_done();
-        let failed = self.output.left_open();
         Ok(CycleEnd {
             begun,
             left,
             failed,
             next,
         })
+    }
+
+    /// Loads, produces and clears one wave; gives the traces that were put off.
+    fn flush(&mut self, looks: Vec<Look>) -> Result<Vec<Due>, Ended> {
+        let loaded = load::load(&mut self.client, &mut self.beat, looks)?;
+        let produced = self.output.produce(loaded, &mut self.beat);
+        clear::clear(
+            &mut self.client,
+            &mut self.beat,
+            produced,
+            self.config.redis.redis_ttl,
+            &self.ledgers,
+        )
     }
 
     /// Waits until something is due by the clocks on the board, at most a second; a stop ends the wait.
