@@ -79,10 +79,11 @@ pub(crate) fn run(turn: &Turn, fleet: &mut Fleet, notify: &mut Notify) -> Result
         }
         fleet.reap(now);
         fleet.judge(now);
+        // Before the end: the workers may be gone within the turn that was asked to stop.
+        notify.turn(&fleet.health(), now);
         if let Some(exit) = fleet.ended(now) {
             return Ok(exit);
         }
-        notify.turn(&fleet.health(), now);
         for pidfd in fleet.unwatched() {
             turn.watch(pidfd);
         }
