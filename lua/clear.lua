@@ -32,6 +32,8 @@ assert(at == #ARGV + 1, 'clear.lua: arguments without a journal')
 
 -- First write of all: EXPIRE is allowed on a full server, and lets the writes after it pass.
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
+-- A sum that is none fails the call here, before anything is removed that could not be counted.
+redis.call('HLEN', KEYS[2])
 
 local replies = {}
 local gone = {}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Chaos under traffic: workers and the supervisor killed, stopped, continued, crashed; Redis and Kafka cut off. It ends with a ledger
-# that is even, and with a line for each blow: when the victim was gone, when all were at work again.
+# Chaos under traffic: workers and the supervisor killed, stopped, continued, crashed; Redis cut off and restarted, Kafka cut off,
+# the wall clock stepped. It ends with a ledger that is even, and with a line for each blow: when it was noticed, when all were at work again.
 #
 # scripts/chaos.sh [seconds] [seed]      default 600 seconds and a seed of its own, which is printed
 set -euo pipefail
@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 . scripts/needs.sh
 
 need_toolchain
+need setpriv util-linux "the servers die with the run"
 need redis-server redis-server "the store"
 
 cargo build --workspace --bins

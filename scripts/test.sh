@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Formats, lints, builds, and runs every test: unit and property, store on a real Redis, process on the mock and on a real Kafka.
 #
-# scripts/test.sh                 everything
+# scripts/test.sh                 everything, as root; the process tests on a single Redis
 # scripts/test.sh process [n]     the process tests alone, n times in a row (default 1)
 # scripts/test.sh cluster [n]     the process tests with a Redis Cluster of three in the place of the single server, n times in a row
 set -euo pipefail

@@ -1,4 +1,4 @@
-//! Redis that went back, and bytes in it that are not what was written.
+//! Redis that went back, or never answers for one journal, and bytes in it that are not what was written.
 //!
 //! In:     traffic; a server that goes back, stands still, or holds other bytes.
 //! Keeps:  nothing is lost that is not counted.
@@ -269,28 +269,35 @@ fn a_journal_that_is_never_read_in_time_is_put_off_and_delays_nobody() {
                 .is_some_and(|key| key.ends_with(TRACE.as_bytes()))
     };
     world.start();
-    let payload = span(TRACE, "1111111111111111", None, 900_000, 0);
-    let alone = SpanMessage {
-        serial: Some(900_000),
-        ..message(0, Clock::wall_now(), payload)
-    };
+    // As many entries as make a journal large: each span names a parent of its own that nobody sent.
+    let now = Clock::wall_now();
+    let large: Vec<SpanMessage> = (900_000..901_500)
+        .map(|serial| {
+            let parent = format!("f{serial:015x}");
+            let payload = span(TRACE, &format!("{serial:016x}"), Some(&parent), serial, 0);
+            SpanMessage {
+                serial: Some(serial),
+                ..message(0, now, payload)
+            }
+        })
+        .collect();
     let mut holds = vec![world.proxy.hold_when(slow)];
-    world.send_raw(0, alone.arrival, Some(&alone.payload));
+    world.send_untold(&large);
     world.send(&traffic(46, 1_000, 1));
     // Each time that it is asked for, the question stays where it is.
     let put_off = format!("{TRACE} is put off by 600s");
-    while !world.log().contains(&put_off) {
-        let reached = holds.last().is_some_and(|hold| hold.reached(LONG));
-        assert!(reached, "{}: {}", holds.len(), world.log());
-        holds.push(world.proxy.hold_when(slow));
-        world.read_some();
-    }
+    stand::eventually(LONG, "a trace that is put off", || {
+        if holds.last()?.reached(Duration::from_millis(20)) {
+            holds.push(world.proxy.hold_when(slow));
+        }
+        world.log().contains(&put_off).then_some(())
+    });
     // Three looks, each with a question at least; the last hold is idle.
     assert!(holds.len() > 3, "{}", holds.len());
     drop(holds);
     world.await_all();
     // Nothing of it is lost: it comes when its score says so.
-    world.ledger.sent_all(std::slice::from_ref(&alone)).unwrap();
+    world.ledger.sent_all(&large).unwrap();
     let mut lowered = 0;
     for (shard, bucket) in world.redis.buckets() {
         let queue = world.redis.key(shard, bucket, "q");

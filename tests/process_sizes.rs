@@ -1,4 +1,8 @@
-//! Input that wants to grow in memory does not.
+//! Large shapes, and input that wants to grow in memory.
+//!
+//! In:     shapes.
+//! Keeps:  every span comes out once, memory is bounded, no call of Redis holds up the others.
+//! Source: docs/store.md 7; docs/house.md 13.
 
 use shared::time::Clock;
 use stand::{kafka::Kafka, launch::Worker, traffic::SpanMessage};
@@ -65,25 +69,34 @@ fn hold_to(shape: &str, mut world: World) {
     world.await_all();
     let took = Clock::mono_now().since(begun);
     let peaks: Vec<u64> = world.workers().iter().map(peak).collect();
-    let slow = world.redis.slow_calls();
-    println!("{shape}: out {took:?} after it was sent, peaks {peaks:?} MiB, slow calls {slow:?}");
+    let mut calls = world.redis.call_times();
+    // What this world itself asks for, with a look at every key.
+    calls.retain(|name, _| {
+        !["info", "keys", "cluster|slots", "cluster|nodes"].contains(&name.as_str())
+    });
+    let longest = calls
+        .into_iter()
+        .max_by(|one, other| one.1.total_cmp(&other.1))
+        .unwrap();
+    println!(
+        "{shape}: out {took:?} after it was sent, peaks {peaks:?} MiB, longest call {longest:?} µs"
+    );
     world.settle_exact();
     assert!(peaks.iter().all(|&peak| peak < 400), "{peaks:?} MiB");
-    // One or two may have waited for a core; a kind of call that takes long is there again and again.
-    assert!(slow.len() < 3, "{slow:?}");
+    // On average: a single one may have waited for a core.
+    assert!(longest.1 < 20_000.0, "{longest:?}");
 }
 
-fn watched() -> World {
+fn started() -> World {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.redis.watch_slow_calls();
     world.start();
     world
 }
 
 #[test]
-fn a_segment_of_a_hundred_thousand_spans_comes_out_whole() {
+fn a_segment_of_a_hundred_thousand_spans_comes_out() {
     const SPANS: u64 = 100_000;
-    let mut world = watched();
+    let mut world = started();
     // Child first: each names the next as its parent, the last is the root.
     send(&mut world, SPANS, |serial| {
         let parent = (serial < SPANS).then(|| format!("{:016x}", serial + 1));
@@ -96,8 +109,8 @@ fn a_segment_of_a_hundred_thousand_spans_comes_out_whole() {
 }
 
 #[test]
-fn a_trace_of_ten_thousand_segments_comes_out_whole() {
-    let mut world = watched();
+fn a_trace_of_ten_thousand_segments_comes_out() {
+    let mut world = started();
     // Each names a parent of its own that nobody sent: an entry each, and a segment each.
     send(&mut world, 10_000, |serial| {
         let parent = format!("f{serial:015x}");
@@ -111,7 +124,7 @@ fn a_trace_of_ten_thousand_segments_comes_out_whole() {
 
 #[test]
 fn a_hundred_thousand_traces_that_are_due_at_once_come_out() {
-    let mut world = watched();
+    let mut world = started();
     send(&mut world, 100_000, |serial| {
         let shard = u32::try_from(serial % u64::from(SHARDS)).unwrap();
         (

@@ -146,6 +146,11 @@ impl World {
 
     pub(crate) fn send(&mut self, messages: &[SpanMessage]) {
         self.ledger.sent_all(messages).unwrap();
+        self.send_untold(messages);
+    }
+
+    /// Sends spans that the ledger is told of later.
+    pub(crate) fn send_untold(&mut self, messages: &[SpanMessage]) {
         for message in messages {
             self.producer.send(INPUT, &message.record()).unwrap();
         }

@@ -6,7 +6,7 @@
 //! Knows:  the names of keys. Nothing of the store's client.
 //! Source: docs/store.md 1; docs/cluster.md.
 
-use std::io::Write;
+use std::{collections::BTreeMap, io::Write};
 
 use redis::Connection;
 use stand::{
@@ -129,7 +129,7 @@ impl Store {
         }
     }
 
-    /// Does the same to every server.
+    /// Does the same to every server that began as a master.
     fn on_all(&mut self, mut act: impl FnMut(&mut Redis) -> Result<(), StandError>) {
         match &mut self.servers {
             Servers::One(redis) => act(redis).unwrap(),
@@ -170,32 +170,27 @@ impl Store {
         self.on_all(|redis| Ok(command.exec(&mut redis.connection()?)?));
     }
 
-    /// Has every server note calls of over 20 ms.
-    pub(crate) fn watch_slow_calls(&mut self) {
-        for (name, value) in [
-            ("slowlog-log-slower-than", "20000"),
-            ("slowlog-max-len", "1000"),
-        ] {
-            self.on_all(|redis| redis.config_set(name, value));
-        }
-    }
-
-    /// The calls of over 20 ms, each with its first words and its microseconds.
-    pub(crate) fn slow_calls(&self) -> Vec<(String, u64)> {
-        type Call = (u64, u64, u64, Vec<Vec<u8>>, String, String);
-        let mut slow = Vec::new();
+    /// What kinds of calls took on average, in microseconds, on the server where each took longest.
+    pub(crate) fn call_times(&self) -> BTreeMap<String, f64> {
+        let mut times = BTreeMap::new();
         for node in self.nodes() {
-            let log = redis::cmd("SLOWLOG").arg("GET").arg(-1).take();
-            let calls: Vec<Call> = log.query(&mut node.connection().unwrap()).unwrap();
-            let words = |words: &[Vec<u8>]| {
-                words[..words.len().min(4)]
-                    .join(&b' ')
-                    .escape_ascii()
-                    .to_string()
-            };
-            slow.extend(calls.iter().map(|call| (words(&call.3), call.2)));
+            let info = redis::cmd("INFO").arg("commandstats").take();
+            let text: String = info.query(&mut node.connection().unwrap()).unwrap();
+            // cmdstat_hkeys:calls=3,usec=60,usec_per_call=20.00,rejected_calls=0,failed_calls=0
+            for line in text
+                .lines()
+                .filter_map(|line| line.strip_prefix("cmdstat_"))
+            {
+                let (name, values) = line.split_once(':').unwrap();
+                let mut values = values.split(',');
+                let mean = values
+                    .find_map(|value| value.strip_prefix("usec_per_call="))
+                    .unwrap();
+                let longest = times.entry(name.to_owned()).or_insert(0.0_f64);
+                *longest = longest.max(mean.parse().unwrap());
+            }
         }
-        slow
+        times
     }
 
     /// The key of a bucket: its `pos`, `q`, `sum`.

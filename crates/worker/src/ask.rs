@@ -1,7 +1,7 @@
-//! Asks Redis until it answers.
+//! Asks Redis until it answers, or once.
 //!
 //! In:     commands that may be sent twice.
-//! Out:    a reply to each: a value, or a refusal that time does not mend.
+//! Out:    a reply to each: a value, or a refusal that time does not mend; of one that was asked once, an outage too.
 //! Keeps:  a command with a good reply is not sent again, unless it has to stand behind one that is; the worker shows progress, and a stop ends the asking.
 //! Knows:  the client and its error classes. No key, no meaning.
 //! Source: docs/store.md 2, 4; docs/supervision.md 3.

@@ -82,10 +82,12 @@ pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
         .set("enable.auto.offset.store", "false")
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
+        .set("queued.max.messages.kbytes", prefetch_kib.to_string());
+    if client.get("fetch.wait.max.ms").is_none() {
         // A broker answers one request of a connection after the other: a question for the ends waits behind a fetch that waits
         // for messages, and the clocks of a partition that is read to its end stand meanwhile. librdkafka's default is 500.
-        .set("fetch.wait.max.ms", FETCH_WAIT_MS)
-        .set("queued.max.messages.kbytes", prefetch_kib.to_string());
+        client.set("fetch.wait.max.ms", FETCH_WAIT_MS);
+    }
     set_all(&mut client, &kafka.consumer);
     client
 }

@@ -36,6 +36,8 @@ const TRIES: u32 = 5;
 /// The supervisor's board.
 pub struct BoardOwner {
     board: Board,
+    /// When this process started, in the kernel's ticks.
+    start: u64,
     name: String,
     inherited: File,
     /// Held, with its lock, for as long as the board is somebody's.
@@ -119,6 +121,7 @@ impl BoardOwner {
         describe(&words, bytes, start, shards, slots);
         Ok(Some(Self {
             board: Board::of(words)?,
+            start,
             name: name.to_owned(),
             inherited,
             _lock: lock,
@@ -130,6 +133,17 @@ impl BoardOwner {
     #[must_use]
     pub fn board(&self) -> &Board {
         &self.board
+    }
+
+    /// Writes the head again, with what has not changed: a stray hand may have written over it, and no worker could start any more.
+    pub fn mend_head(&self) {
+        let Board {
+            words,
+            shards,
+            slots,
+        } = &self.board;
+        let bytes = words.all().len() * WORD;
+        describe(words, bytes, self.start, shards, *slots);
     }
 
     /// The descriptor that workers inherit: it is not close-on-exec, and carries no lock.
@@ -162,7 +176,7 @@ fn make(name: &str, bytes: usize) -> Result<Shmem, BoardError> {
     })
 }
 
-/// Writes the head, before anybody else maps the board.
+/// Writes the head: what it says stays the same for the life of a board.
 pub(super) fn describe(words: &Words, bytes: usize, start: u64, shards: &ShardList, slots: u32) {
     use std::sync::atomic::Ordering::Relaxed;
     let words = words.all();

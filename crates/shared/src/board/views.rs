@@ -41,9 +41,9 @@ const AHEAD_MAX: Duration = Duration::from_secs(1);
 /// A mapped board.
 #[derive(Debug, Clone)]
 pub struct Board {
-    words: Arc<Words>,
-    shards: ShardList,
-    slots: u32,
+    pub(super) words: Arc<Words>,
+    pub(super) shards: ShardList,
+    pub(super) slots: u32,
 }
 
 impl Board {

@@ -159,7 +159,7 @@ pub const KEYS: &[Key] = &[
     key(
         "flush.max_flush_segments",
         "500",
-        "most segments of one worker in one cycle",
+        "most segments that one worker loads, sends and clears together",
     ),
     key(
         "flush.max_flush_bytes",

@@ -147,7 +147,7 @@ pub struct Buffer {
 /// Section `flush`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flush {
-    /// Segments of one worker in one cycle.
+    /// Segments that one worker loads, sends and clears together.
     pub max_flush_segments: usize,
     /// Bytes of their spans.
     pub max_flush_bytes: u64,

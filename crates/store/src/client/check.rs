@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The layout that this build writes and reads.
-const LAYOUT: &str = "1";
+const LAYOUT: &str = "2";
 /// `ZADD LT` came with it.
 const VERSION_MIN: (u32, u32) = (6, 2);
 

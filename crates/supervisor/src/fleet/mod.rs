@@ -426,6 +426,7 @@ impl Fleet {
             record: &record,
             inherited: &inherited,
         };
+        self.board.mend_head();
         let cells = self.board.board().supervise(post.number);
         cells.begin(generation);
         let child = self.spawner.spawn(&birth, &cells).map_err(|error| {

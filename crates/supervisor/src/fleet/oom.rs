@@ -21,9 +21,20 @@ pub(crate) struct Memory {
 impl Memory {
     /// That of the cgroup of this process.
     pub(crate) fn of_this_process() -> Self {
-        Self::at(events(
-            &fs::read_to_string("/proc/self/cgroup").unwrap_or_default(),
-        ))
+        let cgroups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let found = events(&cgroups);
+        if found.exists() {
+            return Self::at(found);
+        }
+        // A container may see its cgroup as the root, by a path of the host.
+        let root = Path::new("/sys/fs/cgroup");
+        let roots = ["memory.events", "memory/memory.oom_control"].map(|name| root.join(name));
+        Self::at(
+            roots
+                .into_iter()
+                .find(|path| path.exists())
+                .unwrap_or(found),
+        )
     }
 
     fn at(events: PathBuf) -> Self {

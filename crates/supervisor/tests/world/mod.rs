@@ -156,13 +156,16 @@ impl World {
             .count()
     }
 
-    /// Waits until a report shows what is wanted of a slot; gives its line.
+    /// Waits until a report from now on shows what is wanted of a slot; gives its line.
     pub(crate) fn await_shown(&self, slot: u32, wanted: &[&str]) -> String {
         let start = format!("worker slot={slot} ");
+        let before = self.log().len();
         eventually(&format!("slot {slot} with {wanted:?}"), || {
             self.signal(Signal::SIGUSR1);
             let log = self.log();
-            let line = log.lines().rfind(|line| line.starts_with(&start))?;
+            let line = log[before..]
+                .lines()
+                .rfind(|line| line.starts_with(&start))?;
             wanted
                 .iter()
                 .all(|part| line.contains(part))

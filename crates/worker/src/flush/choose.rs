@@ -119,6 +119,10 @@ impl Choice {
                 flush.extend(trace.ready.pop_front());
             }
             let is_gone = trace.ready.is_empty();
+            if flush.is_empty() && !is_gone {
+                // Nothing of it fits: it is the first of the next wave, in which its first segment does.
+                break;
+            }
             looks.push(Look {
                 due: trace.due.clone(),
                 flush,
@@ -143,11 +147,14 @@ impl Choice {
         self.0.retain(is_other);
     }
 
-    /// Gives up the waves: what is left is due at the next cycle.
+    /// Gives up the waves: what is due is left for the next cycle.
     #[must_use]
     pub fn rest(self) -> Vec<Look> {
         let looks = self.0.into_iter().map(|trace| Look {
-            next_look: Some(trace.due.now),
+            next_look: match trace.ready.is_empty() {
+                true => trace.next_look.0,
+                false => Some(trace.due.now),
+            },
             due: trace.due,
             flush: Vec::new(),
             damaged: trace.damaged,
@@ -255,17 +262,22 @@ mod tests {
     }
 
     #[test]
-    fn a_trace_that_is_over_the_budget_goes_behind_the_others() {
-        let entries = [(1, 90_000, 10), (2, 90_000, 10)];
-        let journals = vec![journal(&entries, 0, 0), journal(&[(9, 90_000, 10)], 0, 0)];
-        let mut choice = Choice::new(journals, &LIMITS);
-        let mut gone = Vec::new();
-        while !choice.is_empty() {
-            let wave = choice.wave(&budget(1, 1_000));
-            let fields = wave.into_iter().flat_map(|look| look.flush);
-            gone.extend(fields.map(|segment| segment.entries[0].header.spans[0].offset));
-        }
-        assert_eq!(gone, [1, 9, 2]);
+    fn a_trace_that_is_not_through_goes_behind_the_others_and_they_keep_their_turn() {
+        let order = |traces: &[&[(u64, u64, u64)]]| {
+            let journals = traces.iter().map(|entries| journal(entries, 0, 0));
+            let mut choice = Choice::new(journals.collect(), &LIMITS);
+            let mut gone = Vec::new();
+            while !choice.is_empty() {
+                let wave = choice.wave(&budget(1, 1_000));
+                let segments = wave.into_iter().flat_map(|look| look.flush);
+                gone.extend(segments.map(|segment| segment.entries[0].header.spans[0].offset));
+            }
+            gone
+        };
+        let one = |offset| [(offset, 90_000, 10)];
+        assert_eq!(order(&[&one(1), &one(2), &one(3)]), [1, 2, 3]);
+        let two = [(1, 90_000, 10), (2, 90_000, 10)];
+        assert_eq!(order(&[&two, &one(8), &one(9)]), [1, 8, 9, 2]);
     }
 
     #[test]

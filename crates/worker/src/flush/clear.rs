@@ -1,7 +1,7 @@
 //! Removes what was produced from Redis, and queues what stays.
 //!
 //! In:     `Produced`, and nothing else.
-//! Out:    journals without it; sums and the ledger on the board with it.
+//! Out:    journals without it; sums and the ledger on the board with it; the traces that were put off.
 //! Keeps:  a clear is repeated until it is answered; it names only what `Produced` names.
 //! Knows:  the scripts. Not Kafka.
 //! Source: docs/store.md 4.

@@ -2,7 +2,7 @@
 //!
 //! In:     the worker's buckets with their clocks.
 //! Out:    `Due` traces, earliest first within each shard, shared fairly over the shards; when the next ones are.
-//! Keeps:  at most as many as a cycle may flush; a shard whose clock is unknown has nothing due.
+//! Keeps:  at most as many traces as a wave may have segments; a shard whose clock is unknown has nothing due.
 //! Knows:  the queue. Not what a journal holds.
 //! Source: docs/spec.md 5.1; docs/store.md 3.
 

@@ -10,9 +10,9 @@
 use std::{collections::HashMap, time::Duration};
 
 use log::error;
-use shared::shard::ShardId;
+use shared::{shard::ShardId, time::Clock};
 use store::{
-    client::{Client, Command, reply},
+    client::{Client, Command, CommandError, reply},
     entry::{EntryHeader, HeaderError},
     keys::{Bucket, Member},
     scripts::{QueueCall, QueueMode},
@@ -25,13 +25,17 @@ use super::{
 use crate::{
     Ended,
     ask::{Answer, ask, ask_once},
-    beat::Beat,
+    beat::{Beat, Reason},
 };
 
 /// Entries whose headers one pipeline reads; a single larger trace comes alone.
 const GROUP_ENTRIES: u64 = 20_000;
 /// Bytes of headers from which on a cycle looks at no more traces. Decoded they take some five times as many.
 const HEADERS_BYTES: usize = 32 << 20;
+/// Time after which a cycle looks at no more traces.
+const LOOK_MAX: Duration = Duration::from_secs(10);
+/// Entries of a journal that may be what takes Redis too long. A smaller one is asked for until it is answered.
+const LARGE_ENTRIES: u64 = 1_000;
 /// How many looks may fail before a trace is put off, and for how long it is.
 const LOOKS_MAX: u32 = 3;
 const PUT_OFF: Duration = Duration::from_secs(600);
@@ -92,7 +96,8 @@ impl Failures {
 pub struct Looked {
     /// The journals.
     pub journals: Vec<Journal>,
-    /// Whether traces were left for the next cycle: their headers would have been too many. They are as due as they were.
+    /// Whether traces were left for the next cycle: their headers would have been too many, or taken too long. They are as due as
+    /// they were.
     pub left: bool,
 }
 
@@ -118,9 +123,12 @@ pub fn look(
         .map(|count| count.as_ref().map_or(0, reply::count));
     let mut groups = groups(due.into_iter().zip(counts)).into_iter();
     let (mut journals, mut put_off, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let until = Clock::mono_now().after(LOOK_MAX);
     while bytes < HEADERS_BYTES
+        && Clock::mono_now() < until
         && let Some(group) = groups.next()
     {
+        beat.go_on()?;
         for looked in look_at(client, beat, group, root_timeout, ttl)? {
             match looked {
                 Ok(journal) => {
@@ -141,14 +149,14 @@ pub fn look(
 }
 
 /// Cuts traces, each with the number of its entries, into groups whose headers are read at once.
-fn groups(due: impl Iterator<Item = (Due, u64)>) -> Vec<Vec<Due>> {
-    let (mut groups, mut entries): (Vec<Vec<Due>>, u64) = (Vec::new(), 0);
+fn groups(due: impl Iterator<Item = (Due, u64)>) -> Vec<Vec<(Due, u64)>> {
+    let (mut groups, mut entries): (Vec<Vec<(Due, u64)>>, u64) = (Vec::new(), 0);
     for (due, count) in due {
         entries = entries.saturating_add(count);
         match groups.last_mut() {
-            Some(group) if entries <= GROUP_ENTRIES => group.push(due),
+            Some(group) if entries <= GROUP_ENTRIES => group.push((due, count)),
             _ => {
-                groups.push(vec![due]);
+                groups.push(vec![(due, count)]);
                 entries = count;
             }
         }
@@ -202,72 +210,82 @@ pub fn put_off_all(
     Ok(())
 }
 
-/// Looks at traces; gives a journal for each, or the trace whose look failed. What is not answered together is asked one by one,
-/// each when Redis takes its lift again: then it is the journal that takes too long, and it must not stand before all others for ever.
+/// Looks at traces, each with the number of its entries; gives a journal for each, or the trace whose look failed. What is not
+/// answered together is asked one by one, each when Redis takes its lift again. A large journal that is not answered then is what
+/// takes too long, and it must not stand before all others for ever.
 fn look_at(
     client: &mut Client,
     beat: &mut Beat,
-    group: Vec<Due>,
+    group: Vec<(Due, u64)>,
     root_timeout: Duration,
     ttl: Duration,
 ) -> Result<Vec<Result<Journal, Due>>, Ended> {
-    if let Some(looked) = look_once(client, beat, group.clone(), root_timeout, ttl) {
+    const ATTEMPT: &str = "look at journals";
+    let traces: Vec<Due> = group.iter().map(|(due, _)| due.clone()).collect();
+    if let Ok(looked) = look_once(client, beat, traces, root_timeout, ttl) {
         return Ok(looked);
     }
     let mut looked = Vec::with_capacity(group.len());
-    for due in group {
-        let proof = lift(std::slice::from_ref(&due), root_timeout, ttl);
-        ask(
-            client,
-            beat,
-            "look at journals",
-            proof.into_iter().collect(),
-        )?;
-        match look_once(client, beat, vec![due.clone()], root_timeout, ttl) {
-            Some(alone) => looked.extend(alone),
-            None => {
-                error!(
-                    "look at journal shard={} member={}: no answer, though redis answers (is it too large for redis.timeout?)",
-                    due.bucket.shard, due.member
-                );
-                looked.push(Err(due));
+    for (due, entries) in group {
+        loop {
+            let proof = lift(std::slice::from_ref(&due), root_timeout, ttl);
+            ask(client, beat, ATTEMPT, proof.into_iter().collect())?;
+            match look_once(client, beat, vec![due.clone()], root_timeout, ttl) {
+                Ok(alone) => {
+                    beat.worked(Reason::Redis);
+                    looked.extend(alone);
+                    break;
+                }
+                Err(outage) if entries > LARGE_ENTRIES => {
+                    error!(
+                        "look at journal shard={} member={} entries={entries}: {outage}, though redis answers (is it too large for redis.timeout?)",
+                        due.bucket.shard, due.member
+                    );
+                    looked.push(Err(due));
+                    beat.go_on()?;
+                    break;
+                }
+                Err(outage) => beat.failed(Reason::Redis, ATTEMPT, &outage)?,
             }
         }
     }
     Ok(looked)
 }
 
-/// Looks at traces, the nodes side by side; none when a part was not answered.
+/// Looks at traces, the nodes side by side; an outage when a part was not answered.
 fn look_once(
     client: &mut Client,
     beat: &mut Beat,
     group: Vec<Due>,
     root_timeout: Duration,
     ttl: Duration,
-) -> Option<Vec<Result<Journal, Due>>> {
+) -> Result<Vec<Result<Journal, Due>>, CommandError> {
     let groups = by_bucket(group);
     let mut commands = Vec::new();
     for group in &groups {
-        let Some(first) = group.first() else { continue };
+        let (Some(first), Some(lift)) = (group.first(), lift(group, root_timeout, ttl)) else {
+            continue;
+        };
         let bucket = first.bucket;
-        commands.extend(lift(group, root_timeout, ttl));
-        commands.push(Command::position(bucket));
+        commands.extend([lift, Command::position(bucket)]);
         commands.extend(
             group
                 .iter()
                 .map(|due| Command::headers(bucket, &due.member)),
         );
     }
-    let answers = ask_once(client, beat, &commands);
+    let mut answers = ask_once(client, beat, &commands);
     let is_outage = |answer: &Answer| matches!(answer, Err(refusal) if refusal.is_outage());
-    if answers.iter().any(is_outage) {
-        return None;
+    if let Some(place) = answers.iter().position(is_outage)
+        && let Err(outage) = answers.swap_remove(place)
+    {
+        return Err(outage);
     }
     let (mut answers, mut looked) = (answers.into_iter(), Vec::new());
     for group in groups {
         looked.extend(looked_at(group, &mut answers));
     }
-    Some(looked)
+    Ok(looked)
 }
 
 /// Lifts the scores of traces of one bucket; none of none.
@@ -353,7 +371,7 @@ fn journal(due: Due, fields: Vec<Vec<u8>>, position: Option<u64>) -> Journal {
     }
 }
 
-/// Takes the earliest of each shard in turn, so that no shard uses up what a cycle may flush.
+/// Takes the earliest of each shard in turn, so that no shard uses up what a wave may flush.
 fn in_turn(mut journals: Vec<Journal>) -> Vec<Journal> {
     journals.sort_by_key(|journal| journal.due.score);
     let mut ranks: HashMap<ShardId, usize> = HashMap::new();
@@ -410,7 +428,7 @@ mod tests {
         let counts = [1, 19_999, 1, 300_000, 0, 5, 20_000, 20_000];
         let cut: Vec<Vec<u64>> = groups((0..).map(due).zip(counts))
             .into_iter()
-            .map(|group| group.into_iter().map(|due| due.score.0).collect())
+            .map(|group| group.into_iter().map(|(due, _)| due.score.0).collect())
             .collect();
         assert_eq!(
             cut,

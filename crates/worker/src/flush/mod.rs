@@ -51,6 +51,10 @@ const SLEEP_MAX: Duration = Duration::from_millis(50);
 /// A cycle begins after this long, whatever the deadlines say.
 const CYCLE_EVERY: Duration = Duration::from_secs(1);
 
+/// The longest that one look's waves keep others waiting that became due meanwhile. It may be longer than the lift of the scores:
+/// no other worker has these shards.
+const WAVES_MAX: Duration = Duration::from_secs(10);
+
 /// The role at work.
 pub(crate) struct Flush {
     config: Config,
@@ -129,17 +133,20 @@ impl Flush {
             &mut self.failures,
         )?;
         self.beat.phase(Phase::Work);
-        let looked = Clock::mono_now();
-        // As long as the looks took, so that half of the time goes into what they are for.
-        let until = looked.after(looked.since(begun).max(CYCLE_EVERY));
         let mut choice = Choice::new(journals, &limits);
+        let ready = Clock::mono_now();
+        // As long as it took to come here, so that half of the time goes into what it is for.
+        let until = ready.after(ready.since(begun).clamp(CYCLE_EVERY, WAVES_MAX));
         let mut failed = false;
-        let goes_on = |beat: &Beat| !beat.stopping() && Clock::mono_now() < until;
-        while !failed && !choice.is_empty() && goes_on(&self.beat) {
+        while !failed && !choice.is_empty() && !self.beat.stopping() {
             for put_off in self.flush(choice.wave(&budget))? {
                 choice.forget(&put_off);
             }
             failed = self.output.left_open();
+            // Behind the first wave at the earliest, or nothing would ever go.
+            if Clock::mono_now() >= until {
+                break;
+            }
         }
         let unfinished = !choice.is_empty();
         if unfinished {

@@ -3,7 +3,7 @@
 //! In:     loaded segments.
 //! Out:    `Produced`: for each trace, the fields whose every span is acknowledged or a counted outcome.
 //! Keeps:  an entry with a span in a message that nobody acknowledged is named nowhere: it stays in Redis; messages are built and
-//!         sent in waves of a bounded size.
+//!         sent in rounds of a bounded size.
 //! Knows:  topics, headers, what the broker never takes. Not Redis.
 //! Source: docs/spec.md 5.2–5.4.
 
@@ -47,12 +47,12 @@ pub struct Output<D = Deliverer> {
     deliverer: D,
     topics: Vec<String>,
     next_topic: usize,
-    /// Whether a message of the last round was not answered well.
+    /// Whether a message of the last call was not answered well.
     left_open: bool,
     dlq: Option<String>,
     key: MessageKey,
     segment_bytes_max: u64,
-    wave_bytes: usize,
+    round_bytes: usize,
 }
 
 /// One message on its way, and the segment that it is of.
@@ -66,7 +66,7 @@ struct Sending {
 
 /// Messages that are sent together, and what became of those before them.
 #[derive(Default)]
-struct Wave {
+struct Round {
     sendings: Vec<Sending>,
     /// Bytes of their payloads.
     bytes: usize,
@@ -106,12 +106,12 @@ impl<D: Deliver> Output<D> {
             dlq,
             key: config.kafka.key,
             segment_bytes_max,
-            // What a cycle loads goes in one wave; only a long segment id makes more of it.
-            wave_bytes: usize::try_from(config.flush.max_flush_bytes).unwrap_or(usize::MAX),
+            // The messages of a wave go in one round; only a long segment id makes more of it.
+            round_bytes: usize::try_from(config.flush.max_flush_bytes).unwrap_or(usize::MAX),
         }
     }
 
-    /// Whether a message of the last round was not answered well: to send at once again would be in vain.
+    /// Whether a message of the last call was not answered well: to send at once again would be in vain.
     #[must_use]
     pub fn left_open(&self) -> bool {
         self.left_open
@@ -125,7 +125,7 @@ impl<D: Deliver> Output<D> {
     /// Produces all loaded segments.
     pub fn produce(&mut self, loaded: Vec<Loaded>, beat: &mut Beat) -> Vec<Produced> {
         self.left_open = false;
-        let mut wave = Wave::default();
+        let mut round = Round::default();
         let mut counts = Vec::with_capacity(loaded.len());
         for (trace, of_trace) in loaded.iter().enumerate() {
             let due = &of_trace.look.due;
@@ -135,21 +135,22 @@ impl<D: Deliver> Output<D> {
                 let topic = self.next_topic();
                 let bytes_max = self.segment_bytes_max;
                 let count = build_parts(due, loaded, bytes_max, |part| {
-                    wave.bytes += part.payload.len();
-                    wave.sendings
+                    round.bytes += part.payload.len();
+                    round
+                        .sendings
                         .push(self.address(due, loaded, place, part, &topic));
-                    if wave.bytes >= self.wave_bytes {
-                        self.send_wave(&mut wave, beat);
+                    if round.bytes >= self.round_bytes {
+                        self.send_round(&mut round, beat);
                     }
                 });
                 of_segments.push(count);
             }
             counts.push(of_segments);
         }
-        self.send_wave(&mut wave, beat);
+        self.send_round(&mut round, beat);
 
         let mut traces: Vec<Produced> = Vec::with_capacity(loaded.len());
-        let mut answered = wave.answered.into_iter().peekable();
+        let mut answered = round.answered.into_iter().peekable();
         for (
             trace,
             Loaded {
@@ -198,12 +199,12 @@ impl<D: Deliver> Output<D> {
     }
 
     /// Sends what has gathered, and keeps of it what became of each message.
-    fn send_wave(&mut self, wave: &mut Wave, beat: &mut Beat) {
-        let sendings = std::mem::take(&mut wave.sendings);
-        wave.bytes = 0;
+    fn send_round(&mut self, round: &mut Round, beat: &mut Beat) {
+        let sendings = std::mem::take(&mut round.sendings);
+        round.bytes = 0;
         beat.cells()
             .in_flight(u64::try_from(sendings.len()).unwrap_or(u64::MAX));
-        // After a wave that was not answered well the others would wait in vain, each as long.
+        // After a round that was not answered well the others would wait in vain, each as long.
         let outcomes = if self.left_open {
             vec![Outcome::Open; sendings.len()]
         } else {
@@ -211,7 +212,8 @@ impl<D: Deliver> Output<D> {
         };
         beat.cells().in_flight(0);
         let answers = sendings.into_iter().zip(outcomes);
-        wave.answered
+        round
+            .answered
             .extend(answers.map(|(sending, outcome)| Answered {
                 place: sending.place,
                 fields: sending.part.fields,

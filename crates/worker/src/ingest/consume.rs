@@ -146,8 +146,8 @@ struct Reading {
     at_end: Option<MonoNanos>,
     /// The consumer came to the end, and nothing has come since.
     eof: bool,
-    /// The end that the broker told while `eof` stood.
-    eof_end: Option<u64>,
+    /// The end that the broker told while `eof` stood, and when it told it first.
+    eof_end: Option<(u64, MonoNanos)>,
 }
 
 impl Reading {
@@ -169,11 +169,24 @@ impl Reading {
     /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
     /// a transaction's end: then the consumer has come to the end, and the end has stayed where it was since.
     fn take_end(&mut self, end: u64, now: MonoNanos) {
-        let is_stable = self.eof && self.eof_end == Some(end);
+        let (told, since) = self.eof_end.filter(|_| self.eof).unwrap_or((end, now));
+        let since = if told == end { since } else { now };
+        let is_stable = self.eof && now.since(since) >= ENDS_EVERY;
         if self.next >= end || is_stable {
             self.at_end = Some(now);
         }
-        self.eof_end = Some(end).filter(|_| self.eof);
+        self.eof_end = Some((end, since)).filter(|_| self.eof);
+    }
+}
+
+/// How long after one question for the ends the next one may follow.
+fn ends_pause<'r>(failed: bool, mut readings: impl Iterator<Item = &'r Reading>) -> Duration {
+    if failed {
+        ENDS_PAUSE
+    } else if readings.any(Reading::wants_end) {
+        ENDS_SOON
+    } else {
+        ENDS_EVERY
     }
 }
 
@@ -398,11 +411,11 @@ impl Input {
                     let shard = u32::try_from(message.partition()).map(ShardId);
                     batch.ends.retain(|end| shard != Ok(*end));
                     batch.messages.push(message);
-                    batch.outage = None;
+                    batch.outage = batch.outage.filter(|error| !is_transport(error));
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     batch.ends.extend(u32::try_from(partition).map(ShardId));
-                    batch.outage = None;
+                    batch.outage = batch.outage.filter(|error| !is_transport(error));
                 }
                 Some(Err(error)) => match error.rdkafka_error_code() {
                     Some(
@@ -462,7 +475,7 @@ impl Input {
     pub fn ask_ends(&mut self) -> Result<bool, ConsumeError> {
         let now = Clock::mono_now();
         let since = self.ends_asked.map(|asked| now.since(asked));
-        if since.is_some_and(|since| since < self.ends_pause()) {
+        if since.is_some_and(|since| since < ends_pause(self.ends_failed, self.shards.values())) {
             return Ok(false);
         }
         self.ends_asked = Some(now);
@@ -490,17 +503,6 @@ impl Input {
                 Err(self.asked("read ends of partitions", source))
             }
             Err(_) => Ok(true),
-        }
-    }
-
-    /// How long after one question for the ends the next one may follow.
-    fn ends_pause(&self) -> Duration {
-        if self.ends_failed {
-            ENDS_PAUSE
-        } else if self.shards.values().any(Reading::wants_end) {
-            ENDS_SOON
-        } else {
-            ENDS_EVERY
         }
     }
 
@@ -621,6 +623,15 @@ pub fn committed_of_group(
     Input::new(&taken_over, 1)?.committed(shards)
 }
 
+/// Whether an error says that a broker cannot be reached: an answer of one is the end of it.
+fn is_transport(error: &KafkaError) -> bool {
+    use RDKafkaErrorCode::{AllBrokersDown, BrokerTransportFailure, OperationTimedOut, Resolve};
+    matches!(
+        error.rdkafka_error_code(),
+        Some(AllBrokersDown | BrokerTransportFailure | OperationTimedOut | Resolve)
+    )
+}
+
 /// An offset that is one, not one of librdkafka's words.
 fn real(offset: Offset) -> Option<u64> {
     match offset {
@@ -640,31 +651,23 @@ fn offset_of(next: u64) -> Offset {
 
 #[cfg(test)]
 mod tests {
-    use shared::config::{Config, Flags};
-
     use super::*;
 
     #[test]
     fn an_end_is_asked_for_soon_until_it_is_told() {
-        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0-1".into());
-        let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
-        let mut input = Input::new(&config.kafka, 1 << 20).unwrap();
-        let (busy, idle) = (ShardId(0), ShardId(1));
-        for (shard, next) in [(busy, 5), (idle, 7)] {
-            input.shards.insert(shard, Reading::at(next, false));
-        }
-        assert_eq!(input.ends_pause(), ENDS_EVERY, "nobody came to an end");
-        input.came_to_end(&[idle]);
-        assert_eq!(input.ends_pause(), ENDS_SOON);
-        input.take_end(idle, 8, MonoNanos(1));
-        assert_eq!(input.ends_pause(), ENDS_SOON, "the end is elsewhere");
-        input.take_end(idle, 7, MonoNanos(2));
-        assert_eq!(input.ends_pause(), ENDS_EVERY, "it was told");
-        input.came_to_end(&[busy]);
-        input.ends_failed = true;
-        assert_eq!(input.ends_pause(), ENDS_PAUSE, "no answer: not so soon");
-        input.ends_failed = false;
-        input.advance(busy, 6);
-        assert_eq!(input.ends_pause(), ENDS_EVERY, "more came");
+        let pause = |readings: &[Reading]| ends_pause(false, readings.iter());
+        let (busy, mut idle) = (Reading::at(5, false), Reading::at(7, false));
+        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "nobody came to an end");
+        idle.eof = true;
+        assert_eq!(pause(&[busy, idle]), ENDS_SOON);
+        idle.take_end(8, MonoNanos(1));
+        assert_eq!(pause(&[busy, idle]), ENDS_SOON, "the end is elsewhere");
+        idle.take_end(7, MonoNanos(2));
+        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "it was told");
+        idle = Reading::at(8, false);
+        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "more came");
+        idle.eof = true;
+        let failed = ends_pause(true, [busy, idle].iter());
+        assert_eq!(failed, ENDS_PAUSE, "no answer: not so soon");
     }
 }
