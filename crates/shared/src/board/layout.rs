@@ -19,7 +19,7 @@ pub(super) const WORD: usize = 8;
 /// Words of a pair of cache lines: processors fetch lines in pairs.
 const LINES: usize = 16;
 
-/// The head, written once before anybody else maps the board.
+/// The head: written before anybody else maps the board, and again, the same, before each worker does.
 pub(super) mod head {
     pub(in super::super) const MAGIC: usize = 0;
     pub(in super::super) const VERSION: usize = 1;
