@@ -670,4 +670,27 @@ mod tests {
         let failed = ends_pause(true, [busy, idle].iter());
         assert_eq!(failed, ENDS_PAUSE, "no answer: not so soon");
     }
+
+    #[test]
+    fn an_end_behind_the_last_message_counts_when_it_has_stayed_for_a_while() {
+        let told = |times: &[(u64, u64)]| {
+            let mut reading = Reading::at(7, false);
+            reading.eof = true;
+            for &(end, millis) in times {
+                reading.take_end(
+                    end,
+                    MonoNanos::default().after(Duration::from_millis(millis)),
+                );
+            }
+            reading.at_end.is_some()
+        };
+        assert!(told(&[(7, 0)]), "nothing is behind it");
+        assert!(
+            !told(&[(8, 0), (8, 100), (8, 749)]),
+            "a message may be on its way"
+        );
+        assert!(told(&[(8, 0), (8, 100), (8, 750)]));
+        assert!(!told(&[(8, 0), (9, 700), (9, 1_400)]), "it moved on");
+        assert!(told(&[(8, 0), (9, 700), (9, 1_450)]));
+    }
 }
