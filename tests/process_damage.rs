@@ -28,13 +28,7 @@ fn a_redis_that_went_back_loses_nothing() {
     world.redis.restart_as_saved();
     world.send(&traffic(32, 1_000, 200_000));
     world.await_all();
-    world.drain();
-    let balance = world.read_rest();
-    // What was flushed after the save comes again, maybe with others beside it.
-    assert!(
-        balance.missing.is_empty() && balance.is_clean(),
-        "{balance}"
-    );
+    world.settle_with_losses();
     world.assert_store_is_even();
     assert!(
         world
@@ -64,12 +58,7 @@ fn a_redis_that_lost_everything_loses_nothing() {
     world.redis.flush_all();
     world.send(&traffic(36, 1_000, 100_000));
     world.await_all();
-    world.drain();
-    let balance = world.read_rest();
-    assert!(
-        balance.missing.is_empty() && balance.is_clean(),
-        "{balance}"
-    );
+    world.settle_with_losses();
     assert!(world.said.contains("by=floor"), "{}", world.said);
 }
 
@@ -255,40 +244,61 @@ fn a_broker_that_goes_away_at_work_and_comes_back_costs_nothing() {
     world.assert_store_is_even();
 }
 
+/// A trace whose journal gets so many entries, and what asks for them. Each span names a parent of its own that nobody sent.
+fn journal_of(trace: &str, first: u64, entries: u64) -> Vec<SpanMessage> {
+    let now = Clock::wall_now();
+    let span_message = |serial| {
+        let parent = format!("f{serial:015x}");
+        let payload = span(trace, &format!("{serial:016x}"), Some(&parent), serial, 0);
+        SpanMessage {
+            serial: Some(serial),
+            ..message(0, now, payload)
+        }
+    };
+    (first..first + entries).map(span_message).collect()
+}
+
+fn reads_journal(trace: &'static str) -> impl FnMut(&[&[u8]]) -> bool + Send + Copy + 'static {
+    move |arguments| {
+        let [name, key, ..] = arguments else {
+            return false;
+        };
+        name.eq_ignore_ascii_case(b"HKEYS") && key.ends_with(trace.as_bytes())
+    }
+}
+
+/// Makes every trace that is in a queue due.
+fn make_all_due(world: &World) -> usize {
+    let mut lowered = 0;
+    for (shard, bucket) in world.redis.buckets() {
+        let queue = world.redis.key(shard, bucket, "q");
+        let mut connection = world.redis.connection(&queue);
+        let range = redis::cmd("ZRANGE").arg(&queue).arg(0).arg(-1).take();
+        let members: Vec<Vec<u8>> = range.query(&mut connection).unwrap();
+        for member in members {
+            let add = redis::cmd("ZADD").arg(&queue).arg(1).arg(member).take();
+            add.exec(&mut connection).unwrap();
+            lowered += 1;
+        }
+    }
+    lowered
+}
+
 #[test]
 fn a_journal_that_is_never_read_in_time_is_put_off_and_delays_nobody() {
     const TRACE: &str = "5105105105105105105105105105105f";
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     world.plan.settings = world.settings("redis.timeout = \"300ms\"\n");
-    let slow = |arguments: &[&[u8]]| {
-        arguments
-            .first()
-            .is_some_and(|name| name.eq_ignore_ascii_case(b"HKEYS"))
-            && arguments
-                .get(1)
-                .is_some_and(|key| key.ends_with(TRACE.as_bytes()))
-    };
     world.start();
-    // As many entries as make a journal large: each span names a parent of its own that nobody sent.
-    let now = Clock::wall_now();
-    let large: Vec<SpanMessage> = (900_000..901_500)
-        .map(|serial| {
-            let parent = format!("f{serial:015x}");
-            let payload = span(TRACE, &format!("{serial:016x}"), Some(&parent), serial, 0);
-            SpanMessage {
-                serial: Some(serial),
-                ..message(0, now, payload)
-            }
-        })
-        .collect();
-    let mut holds = vec![world.proxy.hold_when(slow)];
+    let large = journal_of(TRACE, 900_000, 1_500);
+    let mut holds = vec![world.proxy.hold_when(reads_journal(TRACE))];
     world.send_untold(&large);
     world.send(&traffic(46, 1_000, 1));
     // Each time that it is asked for, the question stays where it is.
     let put_off = format!("{TRACE} is put off by 600s");
     stand::eventually(LONG, "a trace that is put off", || {
         if holds.last()?.reached(Duration::from_millis(20)) {
-            holds.push(world.proxy.hold_when(slow));
+            holds.push(world.proxy.hold_when(reads_journal(TRACE)));
         }
         world.log().contains(&put_off).then_some(())
     });
@@ -298,20 +308,26 @@ fn a_journal_that_is_never_read_in_time_is_put_off_and_delays_nobody() {
     world.await_all();
     // Nothing of it is lost: it comes when its score says so.
     world.ledger.sent_all(&large).unwrap();
-    let mut lowered = 0;
-    for (shard, bucket) in world.redis.buckets() {
-        let queue = world.redis.key(shard, bucket, "q");
-        let mut connection = world.redis.connection(&queue);
-        let range = redis::cmd("ZRANGE").arg(&queue).arg(0).arg(-1).take();
-        let members: Vec<Vec<u8>> = range.query(&mut connection).unwrap();
-        for member in members {
-            assert!(member.ends_with(TRACE.as_bytes()));
-            let add = redis::cmd("ZADD").arg(&queue).arg(1).arg(member).take();
-            add.exec(&mut connection).unwrap();
-            lowered += 1;
-        }
-    }
-    assert_eq!(lowered, 1);
+    assert_eq!(make_all_due(&world), 1);
     world.await_all();
+    world.settle_exact();
+}
+
+#[test]
+fn a_small_journal_that_is_not_read_in_time_is_asked_for_until_it_is() {
+    const TRACE: &str = "5115115115115115115115115115115f";
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.plan.settings = world.settings("redis.timeout = \"300ms\"\n");
+    world.start();
+    let mut holds = vec![world.proxy.hold_when(reads_journal(TRACE))];
+    world.send(&journal_of(TRACE, 1, 20));
+    // More questions than three looks of a large one have.
+    while holds.len() < 9 {
+        assert!(holds[holds.len() - 1].reached(LONG), "{}", holds.len());
+        holds.push(world.proxy.hold_when(reads_journal(TRACE)));
+    }
+    drop(holds);
+    world.await_all();
+    assert!(!world.log().contains("is put off by"), "{}", world.log());
     world.settle_exact();
 }

@@ -269,6 +269,17 @@ impl World {
         balance
     }
 
+    /// Drains, reads to the end, and proves that nothing is missing and nothing came that was not sent: what a store lost comes
+    /// again, maybe with others beside it.
+    pub(crate) fn settle_with_losses(&mut self) {
+        self.drain();
+        let balance = self.read_rest();
+        assert!(
+            balance.missing.is_empty() && balance.is_clean(),
+            "{balance}"
+        );
+    }
+
     /// As [`World::settle`]; no span came out twice.
     pub(crate) fn settle_exact(&mut self) {
         let balance = self.settle();
