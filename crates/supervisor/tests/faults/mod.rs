@@ -28,18 +28,13 @@ fn await_gone(pid: i32) {
     });
 }
 
-fn stop_well(world: &mut World) {
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
-}
-
 #[test]
 fn fault_01_old_and_new_never_work_side_by_side() {
     // Whoever still holds the run directory of a dead supervisor is waited for, whatever the number of workers is now.
     let mut world = World::new("");
     world.start(&["--shards", "0-3", "--max-workers", "2"], "");
     world.await_workers(3);
-    stop_well(&mut world);
+    world.stop_well();
     let held = File::open(world.folder.path().join("run/lock")).unwrap();
     held.lock().unwrap();
     let pid = world.start(&["--shards", "0-3", "--max-workers", "4"], "");
@@ -55,7 +50,7 @@ fn fault_01_old_and_new_never_work_side_by_side() {
         assert!(!Path::new(&format!("/proc/{old}")).exists(), "{name}");
     }
     assert_eq!(world.await_workers(5)[1..], before[1..]);
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -69,7 +64,7 @@ fn fault_02_a_new_worker_is_not_judged_by_the_old_ones_heartbeat() {
     // Its successor lives for longer than what the old beat's age would have allowed.
     let line = world.await_shown(0, &["generation=2 state=healthy state_age=4."]);
     assert!(line.contains("failures=1 deaths=hang_idle("), "{line}");
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -87,8 +82,7 @@ fn fault_03_ten_restarts_are_ten() {
 fn fault_04_two_that_hang_at_once_are_both_handled() {
     let mut world = World::new(SHORT);
     world.start(&["--shards", "0-2"], "");
-    let workers = world.await_workers(4);
-    (0..4).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let workers = world.await_healthy(4);
     let begun = Clock::mono_now();
     for (pid, _) in &workers[..2] {
         send(*pid, Signal::SIGSTOP);
@@ -107,7 +101,7 @@ fn fault_04_two_that_hang_at_once_are_both_handled() {
     let line = world.await_said("status State=");
     assert!(line.contains("State=T_(stopped)"), "{line}");
     world.await_said(" wchan=");
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -125,7 +119,7 @@ fn fault_05_a_death_during_boot_is_noticed_at_once() {
         quickest = quickest.min(Clock::mono_now().since(begun));
     }
     assert!(quickest < Duration::from_millis(50), "{quickest:?}");
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -138,7 +132,7 @@ fn fault_05_a_boot_that_never_ends_is_ended() {
     for slot in 0..2 {
         world.await_shown(slot, &["state=healthy", "deaths=boot_timeout("]);
     }
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -152,7 +146,7 @@ fn fault_07_health_does_not_wait_for_a_message() {
     send(workers[1].0, Signal::SIGSTOP);
     world.await_shown(0, &["generation=2 state=healthy", "deaths=signal_ABRT("]);
     world.await_shown(1, &["generation=2 state=healthy", "deaths=hang_idle("]);
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -164,8 +158,7 @@ fn fault_09_a_clock_step_kills_nobody() {
     let mut command = world.command(supervisor, &["--shards", "0-1"], "");
     command.envs(step.environment());
     world.spawn(command);
-    let workers = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let workers = world.await_healthy(3);
     // The day as the supervisor's own records have it: the step is seen, and changes nothing else.
     let mut said = 0;
     let mut day = |world: &World| {
@@ -186,7 +179,7 @@ fn fault_09_a_clock_step_kills_nobody() {
     assert!(days[2] < days[0] && days[0] < days[1], "{days:?}");
     assert_eq!(world.await_workers(3), workers);
     assert_eq!(world.said("cause="), 0, "{}", world.log());
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -213,7 +206,7 @@ fn fault_10_a_backlog_is_no_hang_and_a_pause_of_all_kills_nobody() {
         world.await_shown(slot, &["state=healthy"]);
     }
     assert_eq!(world.await_workers(2), workers);
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -345,7 +338,7 @@ fn fault_17_a_board_whose_name_is_removed_serves_on() {
     assert_eq!(boards_of(pid), 0);
     send(workers[0].0, Signal::SIGKILL);
     world.await_shown(0, &["generation=2 state=healthy"]);
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -394,8 +387,7 @@ fn isolation_leaves_the_others_at_work() {
     let mut world = World::new("supervision.policy = \"isolate\"");
     let manner = world.manner("");
     world.start(&["--shards", "0-1"], &manner);
-    let workers = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let workers = world.await_healthy(3);
     world.manner("exit:78");
     // All of them end; with the manner of before, the others would go on: it is the policy that is looked at here.
     for slot in 0..3 {
@@ -408,7 +400,7 @@ fn isolation_leaves_the_others_at_work() {
     for slot in 0..3 {
         world.await_shown(slot, &["state=healthy", "restarts=0/10"]);
     }
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -425,7 +417,7 @@ fn a_hang_signal_leaves_its_mark_and_the_hang_is_what_counts() {
         0,
         &["generation=2 state=healthy", "failures=1 deaths=hang_idle("],
     );
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -445,15 +437,14 @@ fn a_report_is_written_as_json_as_a_whole() {
     ] {
         assert!(text.contains(part), "{part}: {text}");
     }
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
 fn a_new_configuration_replaces_the_workers_one_at_a_time() {
     let mut world = World::new("");
     world.start(&["--shards", "0-1"], "");
-    let before = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let before = world.await_healthy(3);
     world.configure("supervision.max_restarts = 7");
     world.signal(Signal::SIGHUP);
     world.await_said("all workers have the new configuration");
@@ -483,15 +474,14 @@ fn a_new_configuration_replaces_the_workers_one_at_a_time() {
         ["started slot=", "replaced slot="].repeat(3),
         "{log}"
     );
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
 fn a_configuration_that_is_wrong_or_fixed_for_life_is_refused_by_name() {
     let mut world = World::new("supervision.ingest_workers = 1");
     world.start(&["--shards", "0-3"], "");
-    let before = world.await_workers(5);
-    (0..5).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let before = world.await_healthy(5);
     for (settings, said) in [
         ("supervision.tik = \"1s\"", "did you mean supervision.tick"),
         (
@@ -512,7 +502,7 @@ fn a_configuration_that_is_wrong_or_fixed_for_life_is_refused_by_name() {
         });
     }
     assert_eq!(world.await_workers(5), before);
-    stop_well(&mut world);
+    world.stop_well();
 }
 
 #[test]
@@ -520,8 +510,7 @@ fn a_new_configuration_that_does_not_work_stops_at_the_first_worker() {
     let mut world = World::new("");
     let manner = world.manner("");
     world.start(&["--shards", "0-1"], &manner);
-    let before = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let before = world.await_healthy(3);
     // Another binary, as an upgrade may leave it: it is opened anew, and does not work.
     let config = world.folder.path().join("spanbuf.toml");
     let own = format!("supervision.worker = {:?}", crate::world::stub());
@@ -542,5 +531,5 @@ fn a_new_configuration_that_does_not_work_stops_at_the_first_worker() {
     for slot in 0..3 {
         world.await_shown(slot, &["state=healthy"]);
     }
-    stop_well(&mut world);
+    world.stop_well();
 }

@@ -61,16 +61,14 @@ fn a_death_is_noticed_within_milliseconds() {
     );
     // Other work of this machine is in the later ones; a look at the next tick would be in all.
     assert!(took[20] < Duration::from_millis(5), "{took:?}");
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
 }
 
 #[test]
 fn an_idle_supervisor_costs_next_to_nothing() {
     let mut world = World::new("");
     let pid = world.start(&["--shards", "0-7", "--max-workers", "4"], "");
-    world.await_workers(5);
-    (0..5).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    world.await_healthy(5);
     let (begun, before) = (Clock::mono_now(), run_time(pid));
     stand::pause(Duration::from_secs(10));
     let (length, ran) = (Clock::mono_now().since(begun), run_time(pid) - before);
@@ -78,8 +76,7 @@ fn an_idle_supervisor_costs_next_to_nothing() {
     println!("idle supervisor: ran {ran:?} of {length:?}, resident {resident} bytes");
     assert!(ran < length / 1_000, "{ran:?} of {length:?}");
     assert!(resident < 10 << 20, "{resident}");
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
 }
 
 #[test]
@@ -89,8 +86,7 @@ fn sixty_four_workers_start_and_stop() {
     world.await_workers(64);
     (0..64).for_each(|slot| drop(world.await_said(&format!("changed slot={slot} "))));
     assert_eq!(world.said("cause="), 0, "{}", world.log());
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
     assert_eq!(boards_of(pid), 0);
 }
 
@@ -116,6 +112,5 @@ fn a_thousand_respawns_leave_nothing_behind() {
         "{resident} {resident_after}"
     );
     assert_eq!(boards_of(pid), 1);
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
 }

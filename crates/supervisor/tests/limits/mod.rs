@@ -46,8 +46,7 @@ fn a_fork_that_fails_is_said_and_tried_again() {
         "",
     );
     let pid = world.spawn(command);
-    let before = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let before = world.await_healthy(3);
     limit(pid, 23_457, "--nproc=3:");
     send(before[0].0, Signal::SIGKILL);
     world.await_said("cause=fork_EAGAIN");
@@ -55,16 +54,14 @@ fn a_fork_that_fails_is_said_and_tried_again() {
     limit(pid, 23_457, "--nproc=100:");
     world.await_shown(0, &["state=healthy", "fork_EAGAIN("]);
     assert_eq!(world.await_workers(3)[1..], before[1..]);
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
 }
 
 #[test]
 fn descriptors_that_run_out_stop_a_birth_and_nothing_else() {
     let mut world = World::new("supervision.max_restarts = 100");
     let pid = world.start(&["--shards", "0-1"], "");
-    let before = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let before = world.await_healthy(3);
     // No new one, whatever it is for.
     limit(pid, 0, "--nofile=3:");
     send(before[0].0, Signal::SIGKILL);
@@ -75,8 +72,7 @@ fn descriptors_that_run_out_stop_a_birth_and_nothing_else() {
     limit(pid, 0, "--nofile=256:");
     world.await_shown(0, &["state=healthy", "fork_EMFILE("]);
     assert_eq!(world.await_workers(3)[1..], before[1..]);
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
 }
 
 /// A cgroup with a limit of memory, of whichever version this machine has.
@@ -125,8 +121,7 @@ fn a_kill_for_memory_is_told_from_others() {
         &manner,
     );
     world.spawn(command);
-    let before = world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    let before = world.await_healthy(3);
     // A kill from outside is none for memory.
     send(before[1].0, Signal::SIGKILL);
     world.await_said("cause=signal_KILL restarts=1/100");
@@ -136,8 +131,7 @@ fn a_kill_for_memory_is_told_from_others() {
     world.manner("");
     let line = world.await_shown(0, &["state=healthy", " deaths=oom("]);
     assert!(!line.contains("KILL"), "{line}");
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
     drop(world);
 }
 
@@ -147,8 +141,7 @@ fn garbage_on_the_board_costs_one_life_at_most() {
         "supervision.hang = \"3s\"\nsupervision.boot = \"6s\"\nredis.timeout = \"100ms\"\nintake.batch_time = \"1s\"",
     );
     let pid = world.start(&["--shards", "0-3", "--max-workers", "2"], "");
-    world.await_workers(3);
-    (0..3).for_each(|slot| drop(world.await_shown(slot, &["state=healthy"])));
+    world.await_healthy(3);
     let boards = fs::read_dir("/dev/shm").unwrap().flatten();
     let path = boards
         .map(|entry| entry.path())
@@ -170,6 +163,5 @@ fn garbage_on_the_board_costs_one_life_at_most() {
         }
         assert_eq!(workers_of(pid).len(), 3);
     }
-    world.signal(Signal::SIGTERM);
-    assert_eq!(world.wait().0, Some(0), "{}", world.log());
+    world.stop_well();
 }

@@ -148,6 +148,19 @@ impl World {
         })
     }
 
+    /// Drains; it ends well.
+    pub(crate) fn stop_well(&mut self) {
+        self.signal(Signal::SIGTERM);
+        assert_eq!(self.wait().0, Some(0), "{}", self.log());
+    }
+
+    /// Waits until that many workers are there and Healthy; gives them.
+    pub(crate) fn await_healthy(&self, count: u32) -> Vec<(i32, String)> {
+        let workers = self.await_workers(usize::try_from(count).unwrap());
+        (0..count).for_each(|slot| drop(self.await_shown(slot, &["state=healthy"])));
+        workers
+    }
+
     /// The number of lines that hold a text.
     pub(crate) fn said(&self, text: &str) -> usize {
         self.log()
