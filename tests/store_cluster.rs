@@ -460,86 +460,88 @@ fn a_clear_in_a_slot_on_its_way_is_carried_out_whole() {
     let mut client = client(&cluster, Duration::from_secs(2));
     // The journal, or the queue, or both of them end with it; one of the fields was taken before. The keys are here still, or
     // there already.
-    let cases = [(0, 1, 1), (1, 1, 2), (2, 2, 1)];
-    for ((shard, held, queued), moved) in cases
-        .into_iter()
-        .flat_map(|case| [(case, false), (case, true)])
-    {
-        let mut buckets = client.buckets().of_shard(ShardId(shard));
-        let bucket = buckets.nth(usize::from(moved)).unwrap();
-        let journal = journal_key(bucket, &member(1));
-        let slot = cluster.slot_of(&journal).unwrap();
-        let from = cluster.owner(slot).unwrap();
-        let mut direct = cluster.connection(from).unwrap();
-        let field = |number: usize| format!("field-{number}").into_bytes();
-        for number in 0..held {
-            redis::cmd("HSET")
-                .arg(&journal)
-                .arg(field(number))
-                .arg("chunk")
-                .exec(&mut direct)
-                .unwrap();
-        }
-        let members: Vec<_> = (1..=queued)
-            .map(|trace| (member(trace), UnixMillis(5)))
-            .collect();
-        insist(
-            &mut client,
-            &[
-                Command::enqueue(bucket, &members),
-                Command::set_in_sum(bucket, "produced", 100),
-            ],
-        );
-        let migration = cluster.begin_migration(slot, (from + 1) % MASTERS).unwrap();
-        if moved {
-            cluster.move_keys(migration, 100).unwrap();
-        }
-        let out = |field: Vec<u8>| FieldOut {
-            field,
-            produced: 13,
-            repeats: 1,
-            dropped: vec![],
-        };
-        let clear = ClearCall {
-            bucket,
-            ttl: TTL,
-            traces: vec![ClearTrace {
-                member: member(1),
-                next_look: (held > 1).then_some(UnixMillis(4)),
-                fields: vec![out(field(0)), out(b"taken".to_vec())],
-            }],
-        };
-        let value = insist(&mut client, &[clear.command()]).remove(0);
-        let left = u64::try_from(held).unwrap() - 1;
-        assert_eq!(
-            ClearReply::read(&value, &clear),
-            Ok(vec![Ok(ClearReply { removed: 1, left })]),
-            "shard {shard} moved {moved}"
-        );
-        let sum = insist(&mut client, &[Command::sum(bucket)]).remove(0);
-        let mut sum = reply::counters(&sum);
-        sum.sort();
-        let expected = [("produced", 113), ("repeats", 1)];
-        assert_eq!(
-            sum,
-            expected.map(|(name, amount)| (name.to_owned(), amount)),
-            "shard {shard} moved {moved}"
-        );
-        cluster.end_migration(migration).unwrap();
-        let values = insist(
-            &mut client,
-            &[
+    for (shard, held, queued) in [(0, 1, 1), (1, 1, 2), (2, 2, 1)] {
+        for moved in [false, true] {
+            let mut buckets = client.buckets().of_shard(ShardId(shard));
+            let bucket = buckets.nth(usize::from(moved)).unwrap();
+            put(&cluster, &mut client, bucket, held, queued);
+            let slot = cluster.slot_of(&journal_key(bucket, &member(1))).unwrap();
+            let to = (cluster.owner(slot).unwrap() + 1) % MASTERS;
+            let migration = cluster.begin_migration(slot, to).unwrap();
+            if moved {
+                cluster.move_keys(migration, 100).unwrap();
+            }
+            clears_one_field(&mut client, bucket, held);
+            cluster.end_migration(migration).unwrap();
+            let left = [
                 Command::queue_len(bucket),
                 Command::entries(bucket, &member(1)),
-            ],
-        );
-        let traces = queued - u64::from(held == 1);
-        assert_eq!(
-            values.iter().map(reply::number).collect::<Vec<_>>(),
-            [Some(traces), Some(left)],
-            "shard {shard} moved {moved}"
-        );
+            ];
+            let left = insist(&mut client, &left);
+            let traces = queued - u64::from(held == 1);
+            assert_eq!(
+                left.iter().map(reply::number).collect::<Vec<_>>(),
+                [Some(traces), Some(held - 1)],
+                "shard {shard} moved {moved}"
+            );
+        }
     }
+}
+
+/// A journal with so many entries, and a queue with so many traces.
+fn put(cluster: &Cluster, client: &mut Client, bucket: Bucket, held: u64, queued: u64) {
+    let journal = journal_key(bucket, &member(1));
+    let owner = cluster.owner(cluster.slot_of(&journal).unwrap()).unwrap();
+    let mut direct = cluster.connection(owner).unwrap();
+    for number in 0..held {
+        let set = redis::cmd("HSET")
+            .arg(&journal)
+            .arg(format!("field-{number}"))
+            .arg("chunk")
+            .take();
+        set.exec(&mut direct).unwrap();
+    }
+    let members: Vec<_> = (1..=queued)
+        .map(|trace| (member(trace), UnixMillis(5)))
+        .collect();
+    let commands = [
+        Command::enqueue(bucket, &members),
+        Command::set_in_sum(bucket, "produced", 100),
+    ];
+    insist(client, &commands);
+}
+
+/// Clears one field that is there and one that is not: the one is counted.
+fn clears_one_field(client: &mut Client, bucket: Bucket, held: u64) {
+    let out = |field: &[u8]| FieldOut {
+        field: field.to_vec(),
+        produced: 13,
+        repeats: 1,
+        dropped: vec![],
+    };
+    let clear = ClearCall {
+        bucket,
+        ttl: TTL,
+        traces: vec![ClearTrace {
+            member: member(1),
+            next_look: (held > 1).then_some(UnixMillis(4)),
+            fields: vec![out(b"field-0"), out(b"taken")],
+        }],
+    };
+    let value = insist(client, &[clear.command()]).remove(0);
+    let reply = ClearReply {
+        removed: 1,
+        left: held - 1,
+    };
+    assert_eq!(ClearReply::read(&value, &clear), Ok(vec![Ok(reply)]));
+    let mut sum = reply::counters(&insist(client, &[Command::sum(bucket)])[0]);
+    sum.sort();
+    let expected = [("produced", 113), ("repeats", 1)];
+    assert_eq!(
+        sum,
+        expected.map(|(name, amount)| (name.to_owned(), amount)),
+        "{bucket:?}"
+    );
 }
 
 #[test]
