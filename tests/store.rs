@@ -13,6 +13,7 @@
 )]
 
 mod store_calls;
+mod store_clear;
 mod store_cluster;
 mod store_full;
 mod store_scripts;

@@ -13,7 +13,7 @@ use shared::{
 };
 use stand::redis::Redis;
 use store::{
-    client::{Command, CommandError, Refusal, reply},
+    client::{Client, Command, Refusal, reply},
     keys::{Bucket, Member},
     scripts::{
         ClearCall, ClearReply, ClearTrace, FieldOut, PositionCall, PositionReply, QueueCall,
@@ -21,7 +21,7 @@ use store::{
     },
 };
 
-use crate::store_scripts::client;
+use crate::store_scripts::{client, run_all};
 
 const BUCKET: Bucket = Bucket {
     slice: None,
@@ -30,42 +30,42 @@ const BUCKET: Bucket = Bucket {
 };
 const TTL: Duration = Duration::from_secs(1_000);
 
-#[test]
-fn a_full_server_takes_no_entries_and_every_clean_up() {
+/// A trace with two entries on a server that is full now.
+fn full() -> (Redis, Client, Member) {
     let redis = Redis::start_with(&[("maxmemory-policy", "noeviction")]).unwrap();
     let mut client = client(&redis, Duration::from_secs(5));
     let member = Member::new(ProjectId(1), &TraceId::new(b"t"));
-    let other = Member::new(ProjectId(1), &TraceId::new(b"u"));
-    let field = |name: &str| (name.as_bytes().to_vec(), vec![b'x'; 1_000]);
     let insert = [
         Command::insert(BUCKET, &member, &[field("a"), field("b")]),
         Command::enqueue(BUCKET, &[(member.clone(), UnixMillis(5))]),
     ];
-    client
-        .run(&insert)
-        .into_iter()
-        .for_each(|reply| drop(reply.unwrap()));
+    run_all(&mut client, &insert);
     redis.config_set("maxmemory", "1").unwrap();
+    (redis, client, member)
+}
 
+fn field(name: &str) -> (Vec<u8>, Vec<u8>) {
+    (name.as_bytes().to_vec(), vec![b'x'; 1_000])
+}
+
+#[test]
+fn a_full_server_takes_no_entries() {
+    let (_redis, mut client, _) = full();
+    let other = Member::new(ProjectId(1), &TraceId::new(b"u"));
     let refused = client.run(&[
         Command::insert(BUCKET, &other, &[field("c")]),
         Command::enqueue(BUCKET, &[(other.clone(), UnixMillis(5))]),
     ]);
     for reply in refused {
         let error = reply.unwrap_err();
-        assert!(
-            matches!(
-                error,
-                CommandError::Refused {
-                    kind: Refusal::Full,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(error.is_refused_as(Refusal::Full), "{error}");
         assert!(error.is_outage() && !error.is_lost(), "{error}");
     }
+}
 
+#[test]
+fn a_full_server_takes_every_clean_up() {
+    let (_redis, mut client, member) = full();
     // Scripts may be unknown to the server: they are loaded although it is full.
     let position = PositionCall {
         bucket: BUCKET,
@@ -77,18 +77,16 @@ fn a_full_server_takes_no_entries_and_every_clean_up() {
         ttl: TTL,
         counts: &[],
     };
-    let written = client.run(&[position.command()]).remove(0).unwrap();
-    assert_eq!(PositionReply::read(&written), Ok(PositionReply::Written));
+    let written = run_all(&mut client, &[position.command()]);
+    assert_eq!(PositionReply::read(&written[0]), Ok(PositionReply::Written));
     let lift = QueueCall {
         bucket: BUCKET,
         ttl: TTL,
         mode: QueueMode::Lift,
         members: vec![(member.clone(), UnixMillis(50))],
     };
-    assert_eq!(
-        reply::count(&client.run(&[lift.command()]).remove(0).unwrap()),
-        1
-    );
+    let lifted = run_all(&mut client, &[lift.command()]);
+    assert_eq!(reply::count(&lifted[0]), 1);
     let out = FieldOut {
         field: b"a".to_vec(),
         produced: 1,
@@ -108,12 +106,15 @@ fn a_full_server_takes_no_entries_and_every_clean_up() {
             trace(Member::new(ProjectId(1), &TraceId::new(b"gone")), vec![]),
         ],
     };
-    let cleared = ClearReply::read(&client.run(&[clear.command()]).remove(0).unwrap(), &clear);
+    let cleared = run_all(&mut client, &[clear.command()]);
     let reply = |removed, left| Ok(ClearReply { removed, left });
-    assert_eq!(cleared, Ok(vec![reply(1, 1), reply(0, 0)]));
-    let due = Command::due(BUCKET, UnixMillis(7), 9);
     assert_eq!(
-        reply::scored(&client.run(&[due]).remove(0).unwrap()),
+        ClearReply::read(&cleared[0], &clear),
+        Ok(vec![reply(1, 1), reply(0, 0)])
+    );
+    let due = run_all(&mut client, &[Command::due(BUCKET, UnixMillis(7), 9)]);
+    assert_eq!(
+        reply::scored(&due[0]),
         [(member.as_bytes().to_vec(), UnixMillis(7))]
     );
 }

@@ -23,7 +23,7 @@ use store::{
     },
 };
 
-const BUCKET: Bucket = Bucket {
+pub(crate) const BUCKET: Bucket = Bucket {
     slice: None,
     shard: ShardId(3),
     bucket: BucketId(0),
@@ -33,12 +33,18 @@ const NEIGHBOUR: Bucket = Bucket {
     shard: ShardId(4),
     bucket: BucketId(0),
 };
-const TTL: Duration = Duration::from_secs(1_000);
+pub(crate) const TTL: Duration = Duration::from_secs(1_000);
 const REASONS: [&str; 2] = ["corrupt", "too_large"];
 const COUNTERS: [&str; 2] = ["refused:dlq_off", "refused:dlq_too_large"];
 
 pub(crate) fn client(redis: &Redis, timeout: Duration) -> Client {
     Client::new(&config(redis, timeout)).unwrap()
+}
+
+/// Runs commands that none may refuse.
+pub(crate) fn run_all(client: &mut Client, commands: &[Command]) -> Vec<redis::Value> {
+    let replies = client.run(commands).into_iter();
+    replies.map(Result::unwrap).collect()
 }
 
 pub(crate) fn config(redis: &Redis, timeout: Duration) -> RedisConfig {
@@ -63,7 +69,7 @@ struct Model {
     position: Option<(u64, u64, u64)>,
 }
 
-fn member(trace: u64) -> Member {
+pub(crate) fn member(trace: u64) -> Member {
     Member::new(
         ProjectId(7),
         &TraceId::new(format!("trace-{trace}").as_bytes()),
@@ -154,7 +160,7 @@ impl Model {
 }
 
 /// The TTL of a key, if it is there.
-fn ttl(connection: &mut Connection, key: &[u8]) -> Option<Duration> {
+pub(crate) fn ttl(connection: &mut Connection, key: &[u8]) -> Option<Duration> {
     let left: i64 = redis::cmd("PTTL").arg(key).query(connection).unwrap();
     match left {
         -2 => None,
@@ -164,7 +170,7 @@ fn ttl(connection: &mut Connection, key: &[u8]) -> Option<Duration> {
     }
 }
 
-fn assert_ttl(connection: &mut Connection, key: &[u8], expected: Duration) {
+pub(crate) fn assert_ttl(connection: &mut Connection, key: &[u8], expected: Duration) {
     if let Some(left) = ttl(connection, key) {
         assert!(
             left <= expected && left > expected - Duration::from_secs(60),
@@ -250,11 +256,7 @@ fn insert(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64) {
         Command::entries(BUCKET, &member(trace)),
         Command::enqueue(BUCKET, &[(member(trace), UnixMillis(score))]),
     ];
-    let replies: Vec<_> = client
-        .run(&commands)
-        .into_iter()
-        .map(Result::unwrap)
-        .collect();
+    let replies = run_all(client, &commands);
     let journal = model.journals.entry(trace).or_default();
     journal.extend(entries);
     assert_eq!(
@@ -263,44 +265,24 @@ fn insert(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u64) {
     );
     model.lower(trace, score);
     let renewed: Vec<Command> = Command::renew(BUCKET, TTL).into();
-    client
-        .run(&renewed)
-        .into_iter()
-        .for_each(|reply| drop(reply.unwrap()));
+    run_all(client, &renewed);
 }
 
 /// Every call that reads gives what the model holds.
 fn reads(client: &mut Client, model: &Model, rng: &mut Rng, context: &str) {
     let (trace, now, limit) = (rng.below(4), 500 + rng.below(2_000), rng.below(4));
-    let fields = [vec![0, 0, b'{'], vec![1, 0, b'{'], vec![9]];
+    reads_of_bucket(client, model, context);
+    reads_of_queue(client, model, now, usize::try_from(limit).unwrap(), context);
+    reads_of_journal(client, model, trace, context);
+}
+
+fn reads_of_bucket(client: &mut Client, model: &Model, context: &str) {
     let commands = [
         Command::position(BUCKET),
         Command::whole_position(BUCKET),
         Command::sum(BUCKET),
-        Command::entries(BUCKET, &member(trace)),
-        Command::memory(BUCKET, &member(trace)),
-        Command::due(BUCKET, UnixMillis(now), usize::try_from(limit).unwrap()),
-        Command::after(BUCKET, UnixMillis(now)),
-        Command::queued(BUCKET, 1, 2),
-        Command::queue_len(BUCKET),
-        Command::headers(BUCKET, &member(trace)),
-        Command::chunks(BUCKET, &member(trace), fields.iter().map(Vec::as_slice)),
     ];
-    let replies: Vec<redis::Value> = client
-        .run(&commands)
-        .into_iter()
-        .map(Result::unwrap)
-        .collect();
-    let journal = model.journals.get(&trace).cloned().unwrap_or_default();
-    let mut queue: Vec<(Vec<u8>, UnixMillis)> = model
-        .queue
-        .iter()
-        .map(|(&trace, &score)| (member(trace).as_bytes().to_vec(), UnixMillis(score)))
-        .collect();
-    queue.sort_by_key(|(member, score)| (*score, member.clone()));
-    let (due, later): (Vec<_>, Vec<_>) =
-        queue.iter().cloned().partition(|(_, score)| score.0 <= now);
-
+    let replies = run_all(client, &commands);
     assert_eq!(
         reply::offset(&replies[0]),
         model.position.map(|(next, ..)| next),
@@ -314,65 +296,67 @@ fn reads(client: &mut Client, model: &Model, rng: &mut Rng, context: &str) {
         model.sum,
         "{context}"
     );
+}
+
+fn reads_of_queue(client: &mut Client, model: &Model, now: u64, limit: usize, context: &str) {
+    let commands = [
+        Command::due(BUCKET, UnixMillis(now), limit),
+        Command::after(BUCKET, UnixMillis(now)),
+        Command::queued(BUCKET, 1, 2),
+        Command::queue_len(BUCKET),
+    ];
+    let replies = run_all(client, &commands);
+    let mut queue: Vec<(Vec<u8>, UnixMillis)> = model
+        .queue
+        .iter()
+        .map(|(&trace, &score)| (member(trace).as_bytes().to_vec(), UnixMillis(score)))
+        .collect();
+    queue.sort_by_key(|(member, score)| (*score, member.clone()));
+    let (due, later): (Vec<_>, Vec<_>) =
+        queue.iter().cloned().partition(|(_, score)| score.0 <= now);
+    let first = |scored: Vec<_>, count| scored.into_iter().take(count).collect::<Vec<_>>();
+    assert_eq!(reply::scored(&replies[0]), first(due, limit), "{context}");
+    assert_eq!(reply::scored(&replies[1]), first(later, 1), "{context}");
+    let members = queue.iter().map(|(member, _)| member.clone());
     assert_eq!(
-        reply::count(&replies[3]),
-        u64::try_from(journal.len()).unwrap(),
+        reply::list(&replies[2]).unwrap(),
+        members.skip(1).take(2).collect::<Vec<_>>(),
         "{context}"
     );
-    assert_eq!(
-        reply::count(&replies[4]) > 0,
-        !journal.is_empty(),
-        "{context}"
-    );
-    assert_eq!(
-        reply::scored(&replies[5]),
-        due.into_iter()
-            .take(usize::try_from(limit).unwrap())
-            .collect::<Vec<_>>(),
-        "{context}"
-    );
-    assert_eq!(
-        reply::scored(&replies[6]),
-        later.into_iter().take(1).collect::<Vec<_>>(),
-        "{context}"
-    );
-    assert_eq!(
-        reply::list(&replies[7]).unwrap(),
-        queue
-            .iter()
-            .skip(1)
-            .take(2)
-            .map(|(member, _)| member.clone())
-            .collect::<Vec<_>>(),
-        "{context}"
-    );
-    assert_eq!(
-        reply::count(&replies[8]),
-        u64::try_from(queue.len()).unwrap(),
-        "{context}"
-    );
-    let mut headers = reply::list(&replies[9]).unwrap();
+    let length = u64::try_from(queue.len()).unwrap();
+    assert_eq!(reply::count(&replies[3]), length, "{context}");
+}
+
+fn reads_of_journal(client: &mut Client, model: &Model, trace: u64, context: &str) {
+    let fields = [vec![0, 0, b'{'], vec![1, 0, b'{'], vec![9]];
+    let commands = [
+        Command::entries(BUCKET, &member(trace)),
+        Command::memory(BUCKET, &member(trace)),
+        Command::headers(BUCKET, &member(trace)),
+        Command::chunks(BUCKET, &member(trace), fields.iter().map(Vec::as_slice)),
+    ];
+    let replies = run_all(client, &commands);
+    let journal = model.journals.get(&trace).cloned().unwrap_or_default();
+    let length = u64::try_from(journal.len()).unwrap();
+    assert_eq!(reply::count(&replies[0]), length, "{context}");
+    let takes_memory = reply::count(&replies[1]) > 0;
+    assert_eq!(takes_memory, !journal.is_empty(), "{context}");
+    let mut headers = reply::list(&replies[2]).unwrap();
     headers.sort();
-    assert_eq!(
-        headers,
-        journal.keys().cloned().collect::<Vec<_>>(),
-        "{context}"
-    );
-    let redis::Value::Array(chunks) = &replies[10] else {
-        panic!("{context}: {:?}", replies[10])
+    let known: Vec<_> = journal.keys().cloned().collect();
+    assert_eq!(headers, known, "{context}");
+    let redis::Value::Array(chunks) = &replies[3] else {
+        panic!("{context}: {:?}", replies[3])
     };
     let chunks: Vec<Option<Vec<u8>>> = chunks
         .iter()
         .map(|chunk| reply::bytes(chunk).map(<[u8]>::to_vec))
         .collect();
-    assert_eq!(
-        chunks,
-        fields
-            .iter()
-            .map(|field| journal.get(field).cloned())
-            .collect::<Vec<_>>(),
-        "{context}"
-    );
+    let known: Vec<_> = fields
+        .iter()
+        .map(|field| journal.get(field).cloned())
+        .collect();
+    assert_eq!(chunks, known, "{context}");
 }
 
 /// The two calls that change one value: a counter of the sum, a member of the queue.
@@ -382,17 +366,11 @@ fn small_changes(client: &mut Client, model: &mut Model, rng: &mut Rng, trace: u
         Command::set_in_sum(BUCKET, "dropped:expired", amount),
         Command::unqueue(BUCKET, member(trace).as_bytes()),
     ];
-    client
-        .run(&commands)
-        .into_iter()
-        .for_each(|reply| drop(reply.unwrap()));
+    run_all(client, &commands);
     model.sum.insert("dropped:expired".into(), amount);
     model.queue.remove(&trace);
     let renewed: Vec<Command> = Command::renew(BUCKET, TTL).into();
-    client
-        .run(&renewed)
-        .into_iter()
-        .for_each(|reply| drop(reply.unwrap()));
+    run_all(client, &renewed);
 }
 
 fn position(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
@@ -509,194 +487,8 @@ fn clear(client: &mut Client, model: &mut Model, rng: &mut Rng, context: &str) {
     }
 }
 
-fn run_clear(client: &mut Client, call: &ClearCall) -> Vec<ClearReply> {
+pub(crate) fn run_clear(client: &mut Client, call: &ClearCall) -> Vec<ClearReply> {
     let value = client.run(&[call.command()]).remove(0).unwrap();
     let replies = ClearReply::read(&value, call).unwrap();
     replies.into_iter().map(Result::unwrap).collect()
-}
-
-#[test]
-fn a_key_of_another_type_keeps_back_its_own_trace_alone() {
-    let redis = Redis::start().unwrap();
-    let mut client = client(&redis, Duration::from_secs(5));
-    let mut connection = redis.connection().unwrap();
-    for trace in [0, 2] {
-        let entries = [(b"a".to_vec(), b"chunk".to_vec())];
-        let commands = [
-            Command::insert(BUCKET, &member(trace), &entries),
-            Command::enqueue(BUCKET, &[(member(trace), UnixMillis(5))]),
-        ];
-        client
-            .run(&commands)
-            .into_iter()
-            .for_each(|reply| drop(reply.unwrap()));
-    }
-    redis::cmd("SET")
-        .arg(journal_key(BUCKET, &member(1)))
-        .arg("foreign")
-        .exec(&mut connection)
-        .unwrap();
-    let enqueue = Command::enqueue(BUCKET, &[(member(1), UnixMillis(5))]);
-    client.run(&[enqueue]).remove(0).unwrap();
-    let of_trace = |trace| ClearTrace {
-        member: member(trace),
-        next_look: None,
-        fields: vec![FieldOut {
-            field: b"a".to_vec(),
-            produced: 2,
-            repeats: 0,
-            dropped: Vec::new(),
-        }],
-    };
-    let call = ClearCall {
-        bucket: BUCKET,
-        ttl: TTL,
-        traces: (0..3).map(of_trace).collect(),
-    };
-    let value = client.run(&[call.command()]).remove(0).unwrap();
-    let replies = ClearReply::read(&value, &call).unwrap();
-    let cleared = Ok(ClearReply {
-        removed: 1,
-        left: 0,
-    });
-    assert_eq!((&replies[0], &replies[2]), (&cleared, &cleared));
-    let words = replies[1].as_ref().unwrap_err().to_string();
-    assert!(words.contains("WRONGTYPE"), "{words}");
-    let commands = [Command::sum(BUCKET), Command::queued(BUCKET, 0, 9)];
-    let answers = client.run(&commands).into_iter().map(Result::unwrap);
-    let answers: Vec<redis::Value> = answers.collect();
-    assert_eq!(
-        reply::counters(&answers[0]),
-        [("produced".to_owned(), 4)],
-        "the foreign key counts for nothing"
-    );
-    let queued = reply::list(&answers[1]).unwrap();
-    assert_eq!(queued, [member(1).as_bytes().to_vec()]);
-}
-
-#[test]
-fn what_a_clear_leaves_lives_on() {
-    let redis = Redis::start().unwrap();
-    let mut client = client(&redis, Duration::from_secs(5));
-    let mut connection = redis.connection().unwrap();
-    let entry = |field: &[u8]| (field.to_vec(), b"chunk".to_vec());
-    let commands = [
-        Command::insert(BUCKET, &member(0), &[entry(b"a"), entry(b"b")]),
-        Command::enqueue(BUCKET, &[(member(0), UnixMillis(5))]),
-        Command::set_in_sum(BUCKET, "produced", 1),
-    ];
-    client
-        .run(&commands)
-        .into_iter()
-        .for_each(|reply| drop(reply.unwrap()));
-    let keys = [
-        (journal_key(BUCKET, &member(0)), TTL),
-        (queue_key(BUCKET), 2 * TTL),
-        (sum_key(BUCKET), 2 * TTL),
-    ];
-    for (key, _) in &keys {
-        redis::cmd("EXPIRE")
-            .arg(key)
-            .arg(60)
-            .exec(&mut connection)
-            .unwrap();
-    }
-    let call = ClearCall {
-        bucket: BUCKET,
-        ttl: TTL,
-        traces: vec![ClearTrace {
-            member: member(0),
-            next_look: None,
-            fields: vec![FieldOut {
-                field: b"a".to_vec(),
-                produced: 2,
-                repeats: 0,
-                dropped: Vec::new(),
-            }],
-        }],
-    };
-    let reply = ClearReply {
-        removed: 1,
-        left: 1,
-    };
-    assert_eq!(run_clear(&mut client, &call), [reply]);
-    for (key, expected) in keys {
-        assert!(ttl(&mut connection, &key).is_some());
-        assert_ttl(&mut connection, &key, expected);
-    }
-}
-
-#[test]
-fn many_members_and_fields_go_in_one_call() {
-    let redis = Redis::start().unwrap();
-    let mut client = client(&redis, Duration::from_secs(5));
-    let members: Vec<(Member, UnixMillis)> = (0..10_001)
-        .map(|trace| (member(trace), UnixMillis(trace)))
-        .collect();
-    let call = QueueCall {
-        bucket: BUCKET,
-        ttl: TTL,
-        mode: QueueMode::Lower,
-        members,
-    };
-    assert_eq!(
-        reply::count(&client.run(&[call.command()]).remove(0).unwrap()),
-        10_001
-    );
-    let entries: Vec<(Vec<u8>, Vec<u8>)> = (0..9_000_u32)
-        .map(|field| (field.to_be_bytes().to_vec(), vec![1]))
-        .collect();
-    client
-        .run(&[Command::insert(BUCKET, &member(1), &entries)])
-        .remove(0)
-        .unwrap();
-    let fields = entries
-        .iter()
-        .map(|(field, _)| FieldOut {
-            field: field.clone(),
-            produced: 1,
-            repeats: 0,
-            dropped: vec![("corrupt", 2)],
-        })
-        .collect();
-    let many = ClearTrace {
-        member: member(1),
-        next_look: None,
-        fields,
-    };
-    // More than Lua passes at once, of both kinds: those that are gone, and those that stay.
-    let stays = [(b"x".to_vec(), b"chunk".to_vec())];
-    let inserts: Vec<Command> = (2..5_002)
-        .map(|trace| Command::insert(BUCKET, &member(trace), &stays))
-        .collect();
-    client
-        .run(&inserts)
-        .into_iter()
-        .for_each(|reply| drop(reply.unwrap()));
-    let others = (2..10_001).map(|trace| ClearTrace {
-        member: member(trace),
-        next_look: Some(UnixMillis(1)),
-        fields: Vec::new(),
-    });
-    let call = ClearCall {
-        bucket: BUCKET,
-        ttl: TTL,
-        traces: std::iter::once(many).chain(others).collect(),
-    };
-    let replies = run_clear(&mut client, &call);
-    let reply = |removed, left| ClearReply { removed, left };
-    assert_eq!(replies[0], reply(9_000, 0));
-    assert!(replies[1..5_001].iter().all(|this| *this == reply(0, 1)));
-    assert!(replies[5_001..].iter().all(|this| *this == reply(0, 0)));
-    // Trace 0 was not named, 5,000 stay.
-    let left = client.run(&[Command::queue_len(BUCKET)]).remove(0).unwrap();
-    assert_eq!(reply::count(&left), 5_001);
-    let sum = reply::counters(&client.run(&[Command::sum(BUCKET)]).remove(0).unwrap());
-    assert_eq!(
-        BTreeMap::from_iter(sum),
-        BTreeMap::from([
-            ("produced".to_owned(), 9_000),
-            ("dropped:corrupt".to_owned(), 18_000)
-        ])
-    );
 }
