@@ -8,7 +8,10 @@ use std::time::Duration;
 
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use shared::time::{Clock, UnixMillis};
-use stand::{kafka::Kafka, traffic::SpanMessage};
+use stand::{
+    kafka::{Kafka, MockKafka},
+    traffic::SpanMessage,
+};
 
 use crate::world::{LONG, SHARDS, World, message, span, traffic};
 
@@ -242,6 +245,38 @@ fn a_broker_that_goes_away_at_work_and_comes_back_costs_nothing() {
     );
     world.settle();
     world.assert_store_is_even();
+}
+
+/// A client knows the brokers that answered it, and no other: those of a cluster that is gone. One that is made anew asks the
+/// configured addresses again.
+#[test]
+fn a_client_that_lost_its_way_is_made_anew() {
+    let (left, joined) = (
+        MockKafka::start(SHARDS).unwrap(),
+        MockKafka::start(SHARDS).unwrap(),
+    );
+    let mut world = World::new(Kafka::Mock(joined));
+    world.plan.brokers = format!("{},{}", left.brokers(), world.plan.brokers);
+    world.plan.settings = world.settings(
+        "kafka.properties = { \"metadata.recovery.strategy\" = \"none\" }\nflush.delivery_timeout = \"5s\"\n",
+    );
+    let other = |world: &World, is_up: bool| match &world.kafka {
+        Kafka::Mock(kafka) if is_up => kafka.up().unwrap(),
+        Kafka::Mock(kafka) => kafka.down().unwrap(),
+        Kafka::Real(_) => panic!("a mock was started"),
+    };
+    other(&world, false);
+    world.start();
+    let workers = world.workers();
+    stand::eventually(LONG, "all healthy", || world.said_healthy().then_some(()));
+    left.down().unwrap();
+    other(&world, true);
+    world.send(&traffic(42, 300, 1));
+    world.await_all();
+    assert_eq!(world.workers(), workers, "nobody died\n{}", world.log());
+    world.settle_exact();
+    assert!(world.said.contains("kafka consumer is made anew"));
+    assert!(world.said.contains("kafka producer is made anew"));
 }
 
 /// A trace whose journal gets so many entries, and what asks for them. Each span names a parent of its own that nobody sent.

@@ -208,6 +208,13 @@ impl Beat {
         self.go_on()
     }
 
+    /// How long attempts have failed for this reason.
+    #[must_use]
+    pub fn failing_for(&self, reason: Reason) -> Duration {
+        let since = self.outages[reason as usize].since;
+        since.map_or(Duration::ZERO, |since| Clock::mono_now().since(since))
+    }
+
     /// An attempt came back well: an outage is over.
     pub fn worked(&mut self, reason: Reason) {
         self.cells.progress();

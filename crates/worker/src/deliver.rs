@@ -54,7 +54,7 @@ pub struct Outgoing<'m> {
 }
 
 /// Why a message was not acknowledged.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Fault {
     /// The broker will never take it.
     #[error("message is too large for the broker (check max.message.bytes of the topic)")]
@@ -213,7 +213,8 @@ impl Deliverer {
         now.since(round.begun) > self.delivery_timeout + GRACE
     }
 
-    /// A fatal error (idempotence lost) or silence is mended by a new client alone.
+    /// A fatal error (idempotence lost) or silence is mended by a new client alone; and librdkafka may not find its way back to a
+    /// broker that is there again.
     fn make_anew(&mut self) {
         warn!(
             "kafka producer is made anew fatal={:?}",
@@ -251,7 +252,7 @@ impl Deliver for Deliverer {
         }
         beat.backpressure(Reason::Delivery, None);
         beat.phase(phase);
-        if round.left > 0 || self.producer.client().fatal_error().is_some() {
+        if round.was_silent() || self.producer.client().fatal_error().is_some() {
             self.make_anew();
         }
         round
@@ -273,6 +274,12 @@ struct Round {
 }
 
 impl Round {
+    /// Whether librdkafka did not answer, or no broker did for as long as a message may wait.
+    fn was_silent(&self) -> bool {
+        let timed_out = Some(Err(Fault::Later(RDKafkaErrorCode::MessageTimedOut)));
+        self.left > 0 || self.answers.contains(&timed_out) && !self.answers.contains(&Some(Ok(())))
+    }
+
     fn answer(&mut self, index: usize, answer: Result<(), Fault>) {
         if let Some(place @ None) = self.answers.get_mut(index) {
             *place = Some(answer);

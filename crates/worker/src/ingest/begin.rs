@@ -60,7 +60,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     let (client, meta) = open_store(&config, &mut beat)?;
     let mut store = Store::new(client, meta.instance, &config.redis, &config.buffer);
     let mut input = Input::new(&config.kafka, config.intake.batch_bytes)?;
-    prove(&input, launch, &mut beat)?;
+    prove(&mut input, launch, &mut beat)?;
     let dead_letters = DeadLetters::new(&config.kafka)?;
 
     let begun = locate(&config, &launch.shards, &mut input, &mut store, &mut beat)?;
@@ -122,10 +122,12 @@ fn open_store(config: &Config, beat: &mut Beat) -> Result<(Client, Meta), Ended>
 }
 
 /// Waits for the topics; a topic or partition that is not there is refused.
-fn prove(input: &Input, launch: &Launch, beat: &mut Beat) -> Result<(), Ended> {
-    let partitions = until_answered(beat, "find input topic", || input.prove(&launch.shards))?;
+fn prove(input: &mut Input, launch: &Launch, beat: &mut Beat) -> Result<(), Ended> {
+    let partitions = until_answered(input, beat, "find input topic", |input| {
+        input.prove(&launch.shards)
+    })?;
     if let Some(topic) = &launch.config.kafka.input_dlq {
-        until_answered(beat, "find dead-letter topic", || {
+        until_answered(input, beat, "find dead-letter topic", |input| {
             input.prove_topic(topic, "kafka.input_dlq")
         })?;
     }
@@ -153,17 +155,22 @@ pub(super) fn locate(
     store: &mut Store,
     beat: &mut Beat,
 ) -> Result<BTreeMap<ShardId, Begun>, Ended> {
-    let committed = until_answered(beat, "read committed offsets", || input.committed(shards))?;
+    let committed = until_answered(input, beat, "read committed offsets", |input| {
+        input.committed(shards)
+    })?;
     let taken_over = match &config.kafka.start_group {
-        Some(group) => until_answered(beat, "read offsets of the group to take over from", || {
-            committed_of_group(&config.kafka, group, shards)
-        })?,
+        Some(group) => until_answered(
+            input,
+            beat,
+            "read offsets of the group to take over from",
+            |_| committed_of_group(&config.kafka, group, shards),
+        )?,
         None => BTreeMap::new(),
     };
     let mut begun = BTreeMap::new();
     for shard in shards.iter() {
         let (positions, clock) = store.adopt(shard, beat)?;
-        let extent = until_answered(beat, "read watermarks", || input.extent(shard))?;
+        let extent = until_answered(input, beat, "read watermarks", |input| input.extent(shard))?;
         let known = Known {
             positions,
             committed: committed.get(&shard).cloned(),
@@ -227,31 +234,37 @@ pub(super) fn read_from(
         .iter()
         .filter(|(_, begun)| begun.uncommitted && begun.start.source != Source::Position);
     new.for_each(|(&shard, begun)| commits.add_start(shard, begun.start.offset));
-    until_answered(beat, "assign partitions", || input.begin(&starts))
+    until_answered(input, beat, "assign partitions", |input| {
+        input.begin(&starts)
+    })
 }
 
 fn pause_all(input: &mut Input, shards: &ShardList, beat: &mut Beat) -> Result<(), Ended> {
-    until_answered(beat, "pause partitions", || {
+    until_answered(input, beat, "pause partitions", |input| {
         input.pause(shards.as_slice(), true)
     })
 }
 
 /// Asks Kafka until it answers; a refusal ends the worker.
 fn until_answered<T>(
+    input: &mut Input,
     beat: &mut Beat,
     attempt: &str,
-    mut ask: impl FnMut() -> Result<T, ConsumeError>,
+    mut ask: impl FnMut(&mut Input) -> Result<T, ConsumeError>,
 ) -> Result<T, Ended> {
     let phase = beat.phase_now();
     loop {
         beat.phase(Phase::Kafka);
-        match ask() {
+        match ask(input) {
             Ok(answer) => {
                 beat.worked(Reason::Kafka);
                 beat.phase(phase);
                 return Ok(answer);
             }
-            Err(error) if error.is_outage() => beat.failed(Reason::Kafka, attempt, &error)?,
+            Err(error) if error.is_outage() => {
+                beat.failed(Reason::Kafka, attempt, &error)?;
+                input.renew(beat.failing_for(Reason::Kafka))?;
+            }
             Err(error) => return Err(error.into()),
         }
     }

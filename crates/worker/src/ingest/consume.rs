@@ -26,19 +26,19 @@ use shared::{
     time::{Clock, MonoNanos, UnixMillis},
 };
 
-use super::{batch::Record, clock::message_time};
+use super::{
+    batch::Record,
+    clock::message_time,
+    reading::{Reading, ends_pause},
+};
 use crate::kafka::{self, ANSWER_TIMEOUT, Context, MakeError};
 
 /// How long one wait for the answer to a commit lasts.
 const COMMIT_SLICE: Duration = Duration::from_millis(50);
-/// How often the broker is asked for the ends of the partitions; an answer speaks for 2 s (docs/spec.md 2.6).
-const ENDS_EVERY: Duration = Duration::from_millis(750);
-/// How soon it may be asked again when a shard came to its end and the broker has not said so yet: till then its clock stands.
-const ENDS_SOON: Duration = Duration::from_millis(100);
 /// How long that question may take: it stands in the way of the next batch.
 const ENDS_TIMEOUT: Duration = Duration::from_millis(500);
-/// How long it is not asked again after it failed.
-const ENDS_PAUSE: Duration = Duration::from_millis(1_500);
+/// How long the broker may be silent before the consumer is made anew, and after that once more.
+const RENEW_AFTER: Duration = Duration::from_secs(20);
 
 /// What the consumer tells beside messages.
 #[derive(Debug, Default)]
@@ -116,7 +116,10 @@ impl crate::Refusal for ConsumeError {}
 
 /// The consumer and where each of its shards stands.
 pub struct Input {
+    client: ClientConfig,
     consumer: BaseConsumer<Events>,
+    /// When the consumer was made.
+    made: MonoNanos,
     topic: String,
     brokers: String,
     shards: BTreeMap<ShardId, Reading>,
@@ -132,61 +135,6 @@ impl std::fmt::Debug for Input {
             .field("topic", &self.topic)
             .field("shards", &self.shards)
             .finish_non_exhaustive()
-    }
-}
-
-/// One shard in the reading.
-#[derive(Debug, Clone, Copy)]
-struct Reading {
-    /// The next offset to come.
-    next: u64,
-    /// No record is wanted now.
-    paused: bool,
-    /// When the broker last said that there is nothing behind `next`: the moment before it was asked.
-    at_end: Option<MonoNanos>,
-    /// The consumer came to the end, and nothing has come since.
-    eof: bool,
-    /// The end that the broker told while `eof` stood, and when it told it first.
-    eof_end: Option<(u64, MonoNanos)>,
-}
-
-impl Reading {
-    fn at(next: u64, paused: bool) -> Self {
-        Self {
-            next,
-            paused,
-            at_end: None,
-            eof: false,
-            eof_end: None,
-        }
-    }
-
-    /// Whether the consumer came to the end and the broker's word on it is missing.
-    fn wants_end(&self) -> bool {
-        self.eof && self.at_end.is_none() && !self.paused
-    }
-
-    /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
-    /// a transaction's end: then the consumer has come to the end, and the end has stayed where it was since.
-    fn take_end(&mut self, end: u64, now: MonoNanos) {
-        let (told, since) = self.eof_end.filter(|_| self.eof).unwrap_or((end, now));
-        let since = if told == end { since } else { now };
-        let is_stable = self.eof && now.since(since) >= ENDS_EVERY;
-        if self.next >= end || is_stable {
-            self.at_end = Some(now);
-        }
-        self.eof_end = Some((end, since)).filter(|_| self.eof);
-    }
-}
-
-/// How long after one question for the ends the next one may follow.
-fn ends_pause<'r>(failed: bool, mut readings: impl Iterator<Item = &'r Reading>) -> Duration {
-    if failed {
-        ENDS_PAUSE
-    } else if readings.any(Reading::wants_end) {
-        ENDS_SOON
-    } else {
-        ENDS_EVERY
     }
 }
 
@@ -241,9 +189,11 @@ impl Input {
     /// # Errors
     /// [`ConsumeError::Make`].
     pub fn new(kafka: &Kafka, prefetch_bytes: u64) -> Result<Self, ConsumeError> {
-        let consumer = make(&kafka::consumer(kafka, prefetch_bytes))?;
+        let client = kafka::consumer(kafka, prefetch_bytes);
         Ok(Self {
-            consumer,
+            consumer: make(&client)?,
+            client,
+            made: Clock::mono_now(),
             topic: kafka.input_topic.clone(),
             brokers: kafka.brokers.clone(),
             shards: BTreeMap::new(),
@@ -365,6 +315,27 @@ impl Input {
         self.consumer
             .pause(&paused)
             .map_err(|source| self.asked("pause partitions", source))
+    }
+
+    /// Makes the consumer anew when the broker has been silent for long: librdkafka may not find its way back to one that is there
+    /// again. Each shard goes on where it stands.
+    ///
+    /// # Errors
+    /// [`ConsumeError`]: it is made at a later call.
+    pub fn renew(&mut self, silent: Duration) -> Result<(), ConsumeError> {
+        let now = Clock::mono_now();
+        if silent.min(now.since(self.made)) < RENEW_AFTER {
+            return Ok(());
+        }
+        warn!(
+            "kafka consumer is made anew silent={}s brokers={}",
+            silent.as_secs(),
+            self.brokers
+        );
+        self.made = now;
+        self.consumer = make(&self.client)?;
+        let places = self.shards.iter().map(|(&shard, at)| (shard, at.next));
+        self.begin(&places.collect())
     }
 
     /// The next offset that is to come: all before it is in Redis, or was never to be.
@@ -647,50 +618,4 @@ fn partition_of(shard: ShardId) -> i32 {
 
 fn offset_of(next: u64) -> Offset {
     Offset::Offset(i64::try_from(next).unwrap_or(i64::MAX))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_end_is_asked_for_soon_until_it_is_told() {
-        let pause = |readings: &[Reading]| ends_pause(false, readings.iter());
-        let (busy, mut idle) = (Reading::at(5, false), Reading::at(7, false));
-        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "nobody came to an end");
-        idle.eof = true;
-        assert_eq!(pause(&[busy, idle]), ENDS_SOON);
-        idle.take_end(8, MonoNanos(1));
-        assert_eq!(pause(&[busy, idle]), ENDS_SOON, "the end is elsewhere");
-        idle.take_end(7, MonoNanos(2));
-        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "it was told");
-        idle = Reading::at(8, false);
-        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "more came");
-        idle.eof = true;
-        let failed = ends_pause(true, [busy, idle].iter());
-        assert_eq!(failed, ENDS_PAUSE, "no answer: not so soon");
-    }
-
-    #[test]
-    fn an_end_behind_the_last_message_counts_when_it_has_stayed_for_a_while() {
-        let told = |times: &[(u64, u64)]| {
-            let mut reading = Reading::at(7, false);
-            reading.eof = true;
-            for &(end, millis) in times {
-                reading.take_end(
-                    end,
-                    MonoNanos::default().after(Duration::from_millis(millis)),
-                );
-            }
-            reading.at_end.is_some()
-        };
-        assert!(told(&[(7, 0)]), "nothing is behind it");
-        assert!(
-            !told(&[(8, 0), (8, 100), (8, 749)]),
-            "a message may be on its way"
-        );
-        assert!(told(&[(8, 0), (8, 100), (8, 750)]));
-        assert!(!told(&[(8, 0), (9, 700), (9, 1_400)]), "it moved on");
-        assert!(told(&[(8, 0), (9, 700), (9, 1_450)]));
-    }
 }

@@ -6,7 +6,7 @@
 //! Knows:  the order of a pass.
 //! Source: docs/spec.md 2–4; docs/store.md 2, 6.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, error::Error, time::Duration};
 
 use log::{debug, info, warn};
 use shared::{
@@ -46,6 +46,7 @@ pub mod group;
 pub mod insert;
 pub mod intake;
 pub mod parse;
+mod reading;
 pub mod start;
 pub mod trip;
 
@@ -156,9 +157,19 @@ impl Ingest {
                 self.input.topic(),
                 self.config.kafka.brokers
             );
-            self.beat.failed(Reason::Kafka, &attempt, &outage)?;
+            self.kafka_failed(&attempt, &outage)?;
         }
         self.beat.turn_done();
+        Ok(())
+    }
+
+    /// Waits for Kafka; when that takes long, the consumer is made anew.
+    fn kafka_failed(&mut self, attempt: &str, error: &dyn Error) -> Result<(), Ended> {
+        self.beat.failed(Reason::Kafka, attempt, error)?;
+        let renewed = self.input.renew(self.beat.failing_for(Reason::Kafka));
+        if let Err(error) = renewed {
+            warn!("{}", chain(&error));
+        }
         Ok(())
     }
 
@@ -297,10 +308,7 @@ impl Ingest {
                 Err(error) if !std::mem::replace(&mut self.ends_failed, true) => {
                     debug!("read the ends of partitions: {}", chain(&error));
                 }
-                Err(error) => {
-                    self.beat
-                        .failed(Reason::Kafka, "read the ends of partitions", &error)?
-                }
+                Err(error) => self.kafka_failed("read the ends of partitions", &error)?,
             }
         }
         let (mono, wall_now) = (Clock::mono_now(), Clock::wall_now());

@@ -1,0 +1,122 @@
+//! Where the reading of a shard stands, and what the broker says of the end of its partition.
+//!
+//! In:     how far the consumer has come, ends that the broker told.
+//! Out:    since when a shard is read to its end; how soon the broker is asked again.
+//! Keeps:  a shard is at its end when the broker said so, not when nothing came.
+//! Knows:  offsets and moments. Pure.
+//! Source: docs/spec.md 2.6.
+
+use std::time::Duration;
+
+use shared::time::MonoNanos;
+
+/// How often the broker is asked for the ends of the partitions; an answer speaks for 2 s (docs/spec.md 2.6).
+const ENDS_EVERY: Duration = Duration::from_millis(750);
+/// How soon it may be asked again when a shard came to its end and the broker has not said so yet: till then its clock stands.
+const ENDS_SOON: Duration = Duration::from_millis(100);
+/// How long it is not asked again after it failed.
+const ENDS_PAUSE: Duration = Duration::from_millis(1_500);
+
+/// One shard in the reading.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reading {
+    /// The next offset to come.
+    pub(super) next: u64,
+    /// No record is wanted now.
+    pub(super) paused: bool,
+    /// When the broker last said that there is nothing behind `next`: the moment before it was asked.
+    pub(super) at_end: Option<MonoNanos>,
+    /// The consumer came to the end, and nothing has come since.
+    pub(super) eof: bool,
+    /// The end that the broker told while `eof` stood, and when it told it first.
+    eof_end: Option<(u64, MonoNanos)>,
+}
+
+impl Reading {
+    pub(super) fn at(next: u64, paused: bool) -> Self {
+        Self {
+            next,
+            paused,
+            at_end: None,
+            eof: false,
+            eof_end: None,
+        }
+    }
+
+    /// Whether the consumer came to the end and the broker's word on it is missing.
+    fn wants_end(&self) -> bool {
+        self.eof && self.at_end.is_none() && !self.paused
+    }
+
+    /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
+    /// a transaction's end: then the consumer has come to the end, and the end has stayed where it was since.
+    pub(super) fn take_end(&mut self, end: u64, now: MonoNanos) {
+        let (told, since) = self.eof_end.filter(|_| self.eof).unwrap_or((end, now));
+        let since = if told == end { since } else { now };
+        let is_stable = self.eof && now.since(since) >= ENDS_EVERY;
+        if self.next >= end || is_stable {
+            self.at_end = Some(now);
+        }
+        self.eof_end = Some((end, since)).filter(|_| self.eof);
+    }
+}
+
+/// How long after one question for the ends the next one may follow.
+pub(super) fn ends_pause<'r>(
+    failed: bool,
+    mut readings: impl Iterator<Item = &'r Reading>,
+) -> Duration {
+    if failed {
+        ENDS_PAUSE
+    } else if readings.any(Reading::wants_end) {
+        ENDS_SOON
+    } else {
+        ENDS_EVERY
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_asked_for_soon_until_it_is_told() {
+        let pause = |readings: &[Reading]| ends_pause(false, readings.iter());
+        let (busy, mut idle) = (Reading::at(5, false), Reading::at(7, false));
+        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "nobody came to an end");
+        idle.eof = true;
+        assert_eq!(pause(&[busy, idle]), ENDS_SOON);
+        idle.take_end(8, MonoNanos(1));
+        assert_eq!(pause(&[busy, idle]), ENDS_SOON, "the end is elsewhere");
+        idle.take_end(7, MonoNanos(2));
+        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "it was told");
+        idle = Reading::at(8, false);
+        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "more came");
+        idle.eof = true;
+        let failed = ends_pause(true, [busy, idle].iter());
+        assert_eq!(failed, ENDS_PAUSE, "no answer: not so soon");
+    }
+
+    #[test]
+    fn an_end_behind_the_last_message_counts_when_it_has_stayed_for_a_while() {
+        let told = |times: &[(u64, u64)]| {
+            let mut reading = Reading::at(7, false);
+            reading.eof = true;
+            for &(end, millis) in times {
+                reading.take_end(
+                    end,
+                    MonoNanos::default().after(Duration::from_millis(millis)),
+                );
+            }
+            reading.at_end.is_some()
+        };
+        assert!(told(&[(7, 0)]), "nothing is behind it");
+        assert!(
+            !told(&[(8, 0), (8, 100), (8, 749)]),
+            "a message may be on its way"
+        );
+        assert!(told(&[(8, 0), (8, 100), (8, 750)]));
+        assert!(!told(&[(8, 0), (9, 700), (9, 1_400)]), "it moved on");
+        assert!(told(&[(8, 0), (9, 700), (9, 1_450)]));
+    }
+}
