@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use rdkafka::types::{RDKafkaApiKey, RDKafkaRespErr};
 use shared::time::{Clock, UnixMillis};
 use stand::{
@@ -267,8 +268,7 @@ fn a_client_that_lost_its_way_is_made_anew() {
     };
     other(&world, false);
     world.start();
-    let workers = world.workers();
-    stand::eventually(LONG, "all healthy", || world.said_healthy().then_some(()));
+    let workers = world.await_healthy();
     left.down().unwrap();
     other(&world, true);
     world.send(&traffic(42, 300, 1));
@@ -293,58 +293,40 @@ fn journal_of(trace: &str, first: u64, entries: u64) -> Vec<SpanMessage> {
     (first..first + entries).map(span_message).collect()
 }
 
-fn reads_journal(trace: &'static str) -> impl FnMut(&[&[u8]]) -> bool + Send + Copy + 'static {
+fn asks_for(
+    command: &'static str,
+    trace: &'static str,
+) -> impl FnMut(&[&[u8]]) -> bool + Send + Copy + 'static {
     move |arguments| {
         let [name, key, ..] = arguments else {
             return false;
         };
-        name.eq_ignore_ascii_case(b"HKEYS") && key.ends_with(trace.as_bytes())
+        name.eq_ignore_ascii_case(command.as_bytes()) && key.ends_with(trace.as_bytes())
     }
-}
-
-/// Makes every trace that is in a queue due.
-fn make_all_due(world: &World) -> usize {
-    let mut lowered = 0;
-    for (shard, bucket) in world.redis.buckets() {
-        let queue = world.redis.key(shard, bucket, "q");
-        let mut connection = world.redis.connection(&queue);
-        let range = redis::cmd("ZRANGE").arg(&queue).arg(0).arg(-1).take();
-        let members: Vec<Vec<u8>> = range.query(&mut connection).unwrap();
-        for member in members {
-            let add = redis::cmd("ZADD").arg(&queue).arg(1).arg(member).take();
-            add.exec(&mut connection).unwrap();
-            lowered += 1;
-        }
-    }
-    lowered
 }
 
 #[test]
-fn a_journal_that_is_never_read_in_time_is_put_off_and_delays_nobody() {
+fn a_large_journal_is_read_in_pages_and_delays_nobody() {
     const TRACE: &str = "5105105105105105105105105105105f";
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = world.settings("redis.timeout = \"300ms\"\n");
     world.start();
-    let large = journal_of(TRACE, 900_000, 1_500);
-    let mut holds = vec![world.proxy.hold_when(reads_journal(TRACE))];
-    world.send_untold(&large);
-    world.send(&traffic(46, 1_000, 1));
-    // Each time that it is asked for, the question stays where it is.
-    let put_off = format!("{TRACE} is put off by 600s");
-    stand::eventually(LONG, "a trace that is put off", || {
-        if holds.last()?.reached(Duration::from_millis(20)) {
-            holds.push(world.proxy.hold_when(reads_journal(TRACE)));
-        }
-        world.log().contains(&put_off).then_some(())
+    let whole = world.proxy.hold_when(asks_for("HKEYS", TRACE));
+    world.await_healthy();
+    // While it stands, the journal becomes larger than what is read at once.
+    let flusher = world.worker("flush", 0);
+    flusher.signal(Signal::SIGSTOP).unwrap();
+    world.send(&journal_of(TRACE, 1, 25_000));
+    stand::eventually(LONG, "all of it in redis", || {
+        (world.redis.inserted() >= 25_000).then_some(())
     });
-    // Three looks, each with a question at least; the last hold is idle.
-    assert!(holds.len() > 3, "{}", holds.len());
-    drop(holds);
+    // A page that is not answered in time is asked for again.
+    let page = world.proxy.hold_when(asks_for("HSCAN", TRACE));
+    flusher.signal(Signal::SIGCONT).unwrap();
+    assert!(page.reached(LONG));
+    drop(page);
     world.await_all();
-    // Nothing of it is lost: it comes when its score says so.
-    world.ledger.sent_all(&large).unwrap();
-    assert_eq!(make_all_due(&world), 1);
-    world.await_all();
+    assert!(!whole.reached(Duration::ZERO), "it was read at once");
+    drop(whole);
     world.settle_exact();
 }
 
@@ -354,12 +336,12 @@ fn a_small_journal_that_is_not_read_in_time_is_asked_for_until_it_is() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     world.plan.settings = world.settings("redis.timeout = \"300ms\"\n");
     world.start();
-    let mut holds = vec![world.proxy.hold_when(reads_journal(TRACE))];
+    let mut holds = vec![world.proxy.hold_when(asks_for("HKEYS", TRACE))];
     world.send(&journal_of(TRACE, 1, 20));
     // More questions than three looks of a large one have.
     while holds.len() < 9 {
         assert!(holds[holds.len() - 1].reached(LONG), "{}", holds.len());
-        holds.push(world.proxy.hold_when(reads_journal(TRACE)));
+        holds.push(world.proxy.hold_when(asks_for("HKEYS", TRACE)));
     }
     drop(holds);
     world.await_all();

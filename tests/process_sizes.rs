@@ -123,6 +123,19 @@ fn a_trace_of_ten_thousand_segments_comes_out() {
 }
 
 #[test]
+fn a_trace_of_three_hundred_thousand_entries_comes_out() {
+    let mut world = started();
+    send(&mut world, 300_000, |serial| {
+        let parent = format!("f{serial:015x}");
+        (
+            2,
+            span("t", &format!("{serial:016x}"), Some(&parent), serial, 0),
+        )
+    });
+    hold_to("a trace of 300,000 entries", world);
+}
+
+#[test]
 fn a_hundred_thousand_traces_that_are_due_at_once_come_out() {
     let mut world = started();
     send(&mut world, 100_000, |serial| {

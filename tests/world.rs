@@ -188,6 +188,15 @@ impl World {
         }
     }
 
+    /// All workers, once every one of them has been at work.
+    pub(crate) fn await_healthy(&mut self) -> Vec<Worker> {
+        let workers = self.workers();
+        eventually(LONG, "healthy workers", || {
+            self.said_healthy().then_some(())
+        });
+        workers
+    }
+
     /// Whether every worker has been at work: USR1 says so.
     pub(crate) fn said_healthy(&mut self) -> bool {
         let workers = usize::try_from(self.plan.max_workers + self.plan.ingest_workers).unwrap();

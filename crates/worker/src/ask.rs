@@ -1,7 +1,7 @@
-//! Asks Redis until it answers, or once.
+//! Asks Redis until it answers.
 //!
 //! In:     commands that may be sent twice.
-//! Out:    a reply to each: a value, or a refusal that time does not mend; of one that was asked once, an outage too.
+//! Out:    a reply to each: a value, or a refusal that time does not mend.
 //! Keeps:  a command with a good reply is not sent again, unless it has to stand behind one that is; the worker shows progress, and a stop ends the asking.
 //! Knows:  the client and its error classes. No key, no meaning.
 //! Source: docs/store.md 2, 4; docs/supervision.md 3.
@@ -55,15 +55,6 @@ pub fn ask(
     }
     beat.phase(phase);
     Ok(answers.into_iter().flatten().collect())
-}
-
-/// Sends all commands once: one that met an outage is answered with it.
-pub fn ask_once(client: &mut Client, beat: &mut Beat, commands: &[Command]) -> Vec<Answer> {
-    let phase = beat.phase_now();
-    beat.phase(Phase::Redis);
-    let answers = client.run(commands);
-    beat.phase(phase);
-    answers
 }
 
 /// As [`ask`], for commands that only a broken store refuses: a refusal is said and the commands are sent again.

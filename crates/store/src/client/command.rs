@@ -226,6 +226,14 @@ impl Command {
         Self::new(bucket, named("HKEYS", journal_key(bucket, member))).orderly()
     }
 
+    /// Reads the headers, and with them the chunks, of about `count` entries of a journal, from a cursor on; the first is 0.
+    #[must_use]
+    pub fn headers_page(bucket: Bucket, member: &Member, cursor: u64, count: u64) -> Self {
+        let mut cmd = named("HSCAN", journal_key(bucket, member));
+        cmd.arg(cursor).arg("COUNT").arg(count);
+        Self::new(bucket, cmd)
+    }
+
     /// Reads the chunks of some entries.
     #[must_use]
     pub fn chunks<'f>(

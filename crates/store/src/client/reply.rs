@@ -80,6 +80,22 @@ pub fn list(value: &Value) -> Option<Vec<Vec<u8>>> {
     }
 }
 
+/// A page of a hash: the cursor of the next one, 0 behind the last, and the fields.
+#[must_use]
+pub fn page(value: &Value) -> Option<(u64, Vec<Vec<u8>>)> {
+    let Value::Array(parts) = value else {
+        return None;
+    };
+    let [cursor, Value::Array(pairs)] = parts.as_slice() else {
+        return None;
+    };
+    let fields = pairs.chunks(2).map(|pair| match pair {
+        [field, _] => bytes(field).map(<[u8]>::to_vec),
+        _ => None,
+    });
+    Some((number(cursor)?, fields.collect::<Option<_>>()?))
+}
+
 /// Members with their scores; what is no such pair is left out.
 #[must_use]
 pub fn scored(value: &Value) -> Vec<(Vec<u8>, UnixMillis)> {
@@ -163,5 +179,27 @@ mod tests {
             assert!(scored(&value).is_empty());
         }
         assert_eq!(list(&Value::Array(vec![Value::Int(1)])), None);
+    }
+
+    #[test]
+    fn a_page_is_a_cursor_and_whole_pairs() {
+        let text = |text: &str| Value::BulkString(text.into());
+        let reply = |pairs: &[&str]| {
+            let pairs = pairs.iter().map(|part| text(part)).collect();
+            Value::Array(vec![text("17"), Value::Array(pairs)])
+        };
+        let fields = |names: &[&str]| names.iter().map(|name| name.as_bytes().to_vec()).collect();
+        assert_eq!(page(&reply(&[])), Some((17, Vec::new())));
+        assert_eq!(
+            page(&reply(&["a", "1", "b", "2"])),
+            Some((17, fields(&["a", "b"])))
+        );
+        assert_eq!(page(&reply(&["a", "1", "b"])), None);
+        assert_eq!(page(&Value::Array(vec![text("17")])), None);
+        assert_eq!(
+            page(&Value::Array(vec![text("x"), Value::Array(vec![])])),
+            None
+        );
+        assert_eq!(page(&Value::Nil), None);
     }
 }

@@ -7,12 +7,12 @@
 //! Knows:  the queue, the position, entry headers. Not what is due in a journal.
 //! Source: docs/store.md 3.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, fmt::Display, time::Duration};
 
 use log::error;
 use shared::{shard::ShardId, time::Clock};
 use store::{
-    client::{Client, Command, CommandError, reply},
+    client::{Client, Command, reply},
     entry::{EntryHeader, HeaderError},
     keys::{Bucket, Member},
     scripts::{QueueCall, QueueMode},
@@ -24,18 +24,19 @@ use super::{
 };
 use crate::{
     Ended,
-    ask::{Answer, ask, ask_once},
-    beat::{Beat, Reason},
+    ask::{Answer, ask},
+    beat::Beat,
 };
 
-/// Entries whose headers one pipeline reads; a single larger trace comes alone.
+const ATTEMPT: &str = "look at journals";
+/// Entries whose headers one pipeline reads; a single larger trace comes alone, in pages.
 const GROUP_ENTRIES: u64 = 20_000;
+/// Entries of a page. Redis sends their chunks along.
+const PAGE_ENTRIES: u64 = 250;
 /// Bytes of headers from which on a cycle looks at no more traces. Decoded they take some five times as many.
 const HEADERS_BYTES: usize = 32 << 20;
 /// Time after which a cycle looks at no more traces.
 const LOOK_MAX: Duration = Duration::from_secs(10);
-/// Entries of a journal that may be what takes Redis too long. A smaller one is asked for until it is answered.
-const LARGE_ENTRIES: u64 = 1_000;
 /// How many looks may fail before a trace is put off, and for how long it is.
 const LOOKS_MAX: u32 = 3;
 const PUT_OFF: Duration = Duration::from_secs(600);
@@ -129,7 +130,24 @@ pub fn look(
         && let Some(group) = groups.next()
     {
         beat.go_on()?;
-        for looked in look_at(client, beat, group, root_timeout, ttl)? {
+        let looked = match group.as_slice() {
+            [(due, entries)] if *entries > GROUP_ENTRIES => {
+                let (due, entries) = (due.clone(), *entries);
+                vec![look_in_pages(
+                    client,
+                    beat,
+                    due,
+                    entries,
+                    root_timeout,
+                    ttl,
+                )?]
+            }
+            _ => {
+                let traces = group.into_iter().map(|(due, _)| due).collect();
+                look_at(client, beat, traces, root_timeout, ttl)?
+            }
+        };
+        for looked in looked {
             match looked {
                 Ok(journal) => {
                     failures.forget(&journal.due);
@@ -210,56 +228,14 @@ pub fn put_off_all(
     Ok(())
 }
 
-/// Looks at traces, each with the number of its entries; gives a journal for each, or the trace whose look failed. What is not
-/// answered together is asked one by one, each when Redis takes its lift again. A large journal that is not answered then is what
-/// takes too long, and it must not stand before all others for ever.
+/// Looks at traces, the nodes side by side; gives a journal for each, or the trace whose look failed.
 fn look_at(
-    client: &mut Client,
-    beat: &mut Beat,
-    group: Vec<(Due, u64)>,
-    root_timeout: Duration,
-    ttl: Duration,
-) -> Result<Vec<Result<Journal, Due>>, Ended> {
-    const ATTEMPT: &str = "look at journals";
-    let traces: Vec<Due> = group.iter().map(|(due, _)| due.clone()).collect();
-    if let Ok(looked) = look_once(client, beat, traces, root_timeout, ttl) {
-        return Ok(looked);
-    }
-    let mut looked = Vec::with_capacity(group.len());
-    for (due, entries) in group {
-        loop {
-            let proof = lift(std::slice::from_ref(&due), root_timeout, ttl);
-            ask(client, beat, ATTEMPT, proof.into_iter().collect())?;
-            match look_once(client, beat, vec![due.clone()], root_timeout, ttl) {
-                Ok(alone) => {
-                    beat.worked(Reason::Redis);
-                    looked.extend(alone);
-                    break;
-                }
-                Err(outage) if entries > LARGE_ENTRIES => {
-                    error!(
-                        "look at journal shard={} member={} entries={entries}: {outage}, though redis answers (is it too large for redis.timeout?)",
-                        due.bucket.shard, due.member
-                    );
-                    looked.push(Err(due));
-                    beat.go_on()?;
-                    break;
-                }
-                Err(outage) => beat.failed(Reason::Redis, ATTEMPT, &outage)?,
-            }
-        }
-    }
-    Ok(looked)
-}
-
-/// Looks at traces, the nodes side by side; an outage when a part was not answered.
-fn look_once(
     client: &mut Client,
     beat: &mut Beat,
     group: Vec<Due>,
     root_timeout: Duration,
     ttl: Duration,
-) -> Result<Vec<Result<Journal, Due>>, CommandError> {
+) -> Result<Vec<Result<Journal, Due>>, Ended> {
     let groups = by_bucket(group);
     let mut commands = Vec::new();
     for group in &groups {
@@ -268,24 +244,92 @@ fn look_once(
         };
         let bucket = first.bucket;
         commands.extend([lift, Command::position(bucket)]);
-        commands.extend(
-            group
-                .iter()
-                .map(|due| Command::headers(bucket, &due.member)),
-        );
+        let headers = |due: &Due| Command::headers(bucket, &due.member);
+        commands.extend(group.iter().map(headers));
     }
-    let mut answers = ask_once(client, beat, &commands);
-    let is_outage = |answer: &Answer| matches!(answer, Err(refusal) if refusal.is_outage());
-    if let Some(place) = answers.iter().position(is_outage)
-        && let Err(outage) = answers.swap_remove(place)
-    {
-        return Err(outage);
-    }
-    let (mut answers, mut looked) = (answers.into_iter(), Vec::new());
+    let mut answers = ask(client, beat, ATTEMPT, commands)?.into_iter();
+    let mut looked = Vec::new();
     for group in groups {
         looked.extend(looked_at(group, &mut answers));
     }
     Ok(looked)
+}
+
+/// Looks at one trace whose headers are too many to be read at once: Redis would serve nobody else meanwhile.
+fn look_in_pages(
+    client: &mut Client,
+    beat: &mut Beat,
+    due: Due,
+    entries: u64,
+    root_timeout: Duration,
+    ttl: Duration,
+) -> Result<Result<Journal, Due>, Ended> {
+    let lift = lift(std::slice::from_ref(&due), root_timeout, ttl);
+    let mut commands: Vec<Command> = lift.into_iter().collect();
+    commands.push(Command::position(due.bucket));
+    let mut answers = ask(client, beat, ATTEMPT, commands)?.into_iter();
+    let Some(position) = position(1, answers.next(), answers.next()) else {
+        return Ok(Err(due));
+    };
+    let Some(mut fields) = read_pages(client, beat, &due, entries)? else {
+        return Ok(Err(due));
+    };
+    // A page may repeat what another one had.
+    fields.sort_unstable();
+    fields.dedup();
+    if u64::try_from(fields.len()).is_ok_and(|read| read < entries) {
+        // Entries are removed here alone: the cursor was that of another server.
+        not_read(
+            &due,
+            &format_args!(
+                "of entries={entries} only {} were read (did it move to another node?)",
+                fields.len()
+            ),
+        );
+        return Ok(Err(due));
+    }
+    Ok(Ok(journal(due, fields, position)))
+}
+
+/// Reads the fields of a journal to its end; none when that cannot be done now.
+fn read_pages(
+    client: &mut Client,
+    beat: &mut Beat,
+    due: &Due,
+    entries: u64,
+) -> Result<Option<Vec<Vec<u8>>>, Ended> {
+    let (mut fields, mut cursor) = (Vec::new(), 0);
+    for _ in 0..=entries.saturating_mul(2) / PAGE_ENTRIES {
+        beat.go_on()?;
+        let page = Command::headers_page(due.bucket, &due.member, cursor, PAGE_ENTRIES);
+        let answer = ask(client, beat, ATTEMPT, vec![page])?.pop();
+        match answer.map(|answer| answer.map(|value| reply::page(&value))) {
+            Some(Ok(Some((next, page)))) => {
+                fields.extend(page);
+                cursor = next;
+            }
+            Some(Err(refusal)) => {
+                not_read(due, &refusal);
+                return Ok(None);
+            }
+            Some(Ok(None)) | None => {
+                not_read(due, &"reply is no page (check redis version)");
+                return Ok(None);
+            }
+        }
+        if cursor == 0 {
+            return Ok(Some(fields));
+        }
+    }
+    not_read(due, &"it grows faster than it is read");
+    Ok(None)
+}
+
+fn not_read(due: &Due, why: &dyn Display) {
+    error!(
+        "look at journal shard={} member={}: {why}",
+        due.bucket.shard, due.member
+    );
 }
 
 /// Lifts the scores of traces of one bucket; none of none.
@@ -309,41 +353,39 @@ fn looked_at(
     group: Vec<Due>,
     answers: &mut impl Iterator<Item = Answer>,
 ) -> Vec<Result<Journal, Due>> {
-    let (lift, position) = (answers.next(), answers.next());
+    let position = position(group.len(), answers.next(), answers.next());
     let headers: Vec<Answer> = answers.take(group.len()).collect();
-    let position = match (lift, position) {
-        (Some(Ok(_)), Some(Ok(position))) => reply::offset(&position),
-        (lift, position) => {
-            for refusal in [lift, position]
-                .into_iter()
-                .flatten()
-                .filter_map(Result::err)
-            {
-                error!("look at queue traces={}: {refusal}", group.len());
-            }
-            return group.into_iter().map(Err).collect();
-        }
+    let Some(position) = position else {
+        return group.into_iter().map(Err).collect();
     };
     let looked = group.into_iter().zip(headers).map(|(due, headers)| {
         match headers.map(|headers| reply::list(&headers)) {
             Ok(Some(fields)) => Ok(journal(due, fields, position)),
             Ok(None) => {
-                error!(
-                    "look at journal shard={} member={}: reply is no list (check redis version)",
-                    due.bucket.shard, due.member
-                );
+                not_read(&due, &"reply is no list (check redis version)");
                 Err(due)
             }
             Err(refusal) => {
-                error!(
-                    "look at journal shard={} member={}: {refusal}",
-                    due.bucket.shard, due.member
-                );
+                not_read(&due, &refusal);
                 Err(due)
             }
         }
     });
     looked.collect()
+}
+
+/// The position of a bucket, if its traces were lifted before it was read.
+fn position(traces: usize, lift: Option<Answer>, position: Option<Answer>) -> Option<Option<u64>> {
+    match (lift, position) {
+        (Some(Ok(_)), Some(Ok(position))) => Some(reply::offset(&position)),
+        (lift, position) => {
+            let answers = [lift, position].into_iter().flatten();
+            for refusal in answers.filter_map(Result::err) {
+                error!("look at queue traces={traces}: {refusal}");
+            }
+            None
+        }
+    }
 }
 
 fn journal(due: Due, fields: Vec<Vec<u8>>, position: Option<u64>) -> Journal {
