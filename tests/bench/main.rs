@@ -30,8 +30,10 @@ use crate::{
 };
 
 mod input;
+mod lateness;
 mod link;
 mod meter;
+mod nodes;
 mod original;
 mod plot;
 mod product;
@@ -103,7 +105,7 @@ fn main() {
             rest.first()
                 .map_or(ROUNDS, |rounds| rounds.parse().unwrap()),
         ),
-        "latency" => whole::latency(
+        "latency" => lateness::latency(
             rest[0].parse().unwrap(),
             rest[1].parse().unwrap(),
             rest.get(2).is_some_and(|broker| broker == "real"),
