@@ -263,7 +263,7 @@ fn until_answered<T>(
             }
             Err(error) if error.is_outage() => {
                 beat.failed(Reason::Kafka, attempt, &error)?;
-                input.renew(beat.failing_for(Reason::Kafka))?;
+                input.renew(beat.failing_for(Reason::Kafka));
             }
             Err(error) => return Err(error.into()),
         }

@@ -31,7 +31,10 @@ use super::{
     clock::message_time,
     reading::{Reading, ends_pause},
 };
-use crate::kafka::{self, ANSWER_TIMEOUT, Context, MakeError};
+use crate::{
+    chain,
+    kafka::{self, ANSWER_TIMEOUT, Context, MakeError},
+};
 
 /// How long one wait for the answer to a commit lasts.
 const COMMIT_SLICE: Duration = Duration::from_millis(50);
@@ -318,24 +321,30 @@ impl Input {
     }
 
     /// Makes the consumer anew when the broker has been silent for long: librdkafka may not find its way back to one that is there
-    /// again. Each shard goes on where it stands.
-    ///
-    /// # Errors
-    /// [`ConsumeError`]: it is made at a later call.
-    pub fn renew(&mut self, silent: Duration) -> Result<(), ConsumeError> {
+    /// again. Each shard goes on where it stands; what fails is tried again later, with the consumer of before.
+    pub fn renew(&mut self, silent: Duration) {
         let now = Clock::mono_now();
         if silent.min(now.since(self.made)) < RENEW_AFTER {
-            return Ok(());
+            return;
         }
+        self.made = now;
         warn!(
             "kafka consumer is made anew silent={}s brokers={}",
             silent.as_secs(),
             self.brokers
         );
-        self.made = now;
-        self.consumer = make(&self.client)?;
-        let places = self.shards.iter().map(|(&shard, at)| (shard, at.next));
-        self.begin(&places.collect())
+        let renewed = make(&self.client).and_then(|consumer| {
+            let before = std::mem::replace(&mut self.consumer, consumer);
+            let places = self.shards.iter().map(|(&shard, at)| (shard, at.next));
+            let begun = self.begin(&places.collect());
+            if begun.is_err() {
+                self.consumer = before;
+            }
+            begun
+        });
+        if let Err(error) = renewed {
+            warn!("kafka consumer is not made anew: {}", chain(&error));
+        }
     }
 
     /// The next offset that is to come: all before it is in Redis, or was never to be.

@@ -166,10 +166,7 @@ impl Ingest {
     /// Waits for Kafka; when that takes long, the consumer is made anew.
     fn kafka_failed(&mut self, attempt: &str, error: &dyn Error) -> Result<(), Ended> {
         self.beat.failed(Reason::Kafka, attempt, error)?;
-        let renewed = self.input.renew(self.beat.failing_for(Reason::Kafka));
-        if let Err(error) = renewed {
-            warn!("{}", chain(&error));
-        }
+        self.input.renew(self.beat.failing_for(Reason::Kafka));
         Ok(())
     }
 
