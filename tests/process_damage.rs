@@ -279,6 +279,27 @@ fn a_client_that_lost_its_way_is_made_anew() {
     assert!(world.said.contains("kafka producer is made anew"));
 }
 
+/// A Kafka that went away just behind a commit does not hold up a stop: librdkafka would wait for its answer.
+#[test]
+fn a_stop_does_not_wait_for_a_kafka_that_is_away() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.await_healthy();
+    let trickle = traffic(45, 100, 1);
+    for part in trickle.chunks(10) {
+        world.send(part);
+        stand::pause(Duration::from_millis(100));
+    }
+    match &world.kafka {
+        Kafka::Mock(kafka) => kafka.down().unwrap(),
+        Kafka::Real(_) => panic!("a mock was started"),
+    }
+    let begun = Clock::mono_now();
+    world.drain();
+    let took = Clock::mono_now().since(begun);
+    assert!(took < Duration::from_secs(15), "{took:?}\n{}", world.said);
+}
+
 /// A trace whose journal gets so many entries, and what asks for them. Each span names a parent of its own that nobody sent.
 fn journal_of(trace: &str, first: u64, entries: u64) -> Vec<SpanMessage> {
     let now = Clock::wall_now();

@@ -251,10 +251,11 @@ impl Deliver for Deliverer {
             self.await_some(&mut round, beat);
         }
         beat.backpressure(Reason::Delivery, None);
-        beat.phase(phase);
-        if round.was_silent() || self.producer.client().fatal_error().is_some() {
+        let is_lost = round.was_silent() || self.producer.client().fatal_error().is_some();
+        if is_lost && !beat.stopping() {
             self.make_anew();
         }
+        beat.phase(phase);
         round
             .answers
             .into_iter()

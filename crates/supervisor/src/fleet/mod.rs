@@ -179,12 +179,12 @@ impl Fleet {
                     cause,
                     jitter: jitter(),
                 };
-                let reaped = self.posts[place].child.as_ref().map(|child| child.pid);
+                // Its number may be its successor's by now; its handle, which is still open, is its own.
+                let handle = |post: &Post| Some(post.child.as_ref()?.pidfd.as_raw_fd());
+                let reaped = handle(&self.posts[place]);
                 self.apply(place, died, now);
-                // A successor may be there already.
-                let child = &mut self.posts[place].child;
-                if child.as_ref().map(|child| child.pid) == reaped {
-                    *child = None;
+                if handle(&self.posts[place]) == reaped {
+                    self.posts[place].child = None;
                 }
             }
         }

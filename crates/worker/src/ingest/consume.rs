@@ -9,9 +9,11 @@
 use std::{
     collections::BTreeMap,
     sync::atomic::{AtomicU64, Ordering},
+    thread,
     time::Duration,
 };
 
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use log::warn;
 use rdkafka::{
     ClientContext, Offset, TopicPartitionList,
@@ -36,6 +38,8 @@ use crate::{
     kafka::{self, ANSWER_TIMEOUT, Context, MakeError},
 };
 
+/// How long the end of a worker waits for the close of its consumer.
+const CLOSE_WAIT: Duration = Duration::from_secs(2);
 /// How long one wait for the answer to a commit lasts.
 const COMMIT_SLICE: Duration = Duration::from_millis(50);
 /// How long that question may take: it stands in the way of the next batch.
@@ -123,6 +127,8 @@ pub struct Input {
     consumer: BaseConsumer<Events>,
     /// When the consumer was made.
     made: MonoNanos,
+    /// The one before it.
+    leaving: Option<Leaving>,
     topic: String,
     brokers: String,
     shards: BTreeMap<ShardId, Reading>,
@@ -138,6 +144,28 @@ impl std::fmt::Debug for Input {
             .field("topic", &self.topic)
             .field("shards", &self.shards)
             .finish_non_exhaustive()
+    }
+}
+
+/// A consumer on its way out. librdkafka's close waits for the answers to commits, of a broker that is away for a minute, and its
+/// caller with it: it has a thread to itself.
+struct Leaving(Receiver<()>);
+
+impl Leaving {
+    fn start(consumer: BaseConsumer<Events>) -> Self {
+        let (left, leaving) = bounded(0);
+        // Without a thread it is closed here.
+        let thread = thread::Builder::new().spawn(move || {
+            drop(consumer);
+            drop(left);
+        });
+        drop(thread);
+        Self(leaving)
+    }
+
+    /// Waits at most that long; says whether it has left.
+    fn has_left(&self, length: Duration) -> bool {
+        self.0.recv_timeout(length) == Err(RecvTimeoutError::Disconnected)
     }
 }
 
@@ -197,6 +225,7 @@ impl Input {
             consumer: make(&client)?,
             client,
             made: Clock::mono_now(),
+            leaving: None,
             topic: kafka.input_topic.clone(),
             brokers: kafka.brokers.clone(),
             shards: BTreeMap::new(),
@@ -303,7 +332,8 @@ impl Input {
                 .shards
                 .get(&shard)
                 .is_some_and(|reading| reading.paused);
-            self.shards.insert(shard, Reading::at(next, paused));
+            self.shards
+                .insert(shard, Reading::at(next, paused, Clock::mono_now()));
         }
         let all = self.list(
             self.shards
@@ -320,11 +350,22 @@ impl Input {
             .map_err(|source| self.asked("pause partitions", source))
     }
 
-    /// Makes the consumer anew when the broker has been silent for long: librdkafka may not find its way back to one that is there
+    /// How long at most a shard has been silent that is read: no message, no word of the broker on it.
+    #[must_use]
+    pub fn silence(&self, now: MonoNanos) -> Duration {
+        let read = self.shards.values().filter(|reading| !reading.paused);
+        let silences = read.map(|reading| now.since(reading.heard));
+        silences.max().unwrap_or_default()
+    }
+
+    /// Makes the consumer anew when there has been silence for long: librdkafka may not find its way back to a broker that is there
     /// again. Each shard goes on where it stands; what fails is tried again later, with the consumer of before.
     pub fn renew(&mut self, silent: Duration) {
         let now = Clock::mono_now();
-        if silent.min(now.since(self.made)) < RENEW_AFTER {
+        let is_leaving = |leaving: &Leaving| !leaving.has_left(Duration::ZERO);
+        if silent.min(now.since(self.made)) < RENEW_AFTER
+            || self.leaving.as_ref().is_some_and(is_leaving)
+        {
             return;
         }
         self.made = now;
@@ -334,17 +375,23 @@ impl Input {
             self.brokers
         );
         let renewed = make(&self.client).and_then(|consumer| {
-            let before = std::mem::replace(&mut self.consumer, consumer);
+            let mut other = std::mem::replace(&mut self.consumer, consumer);
             let places = self.shards.iter().map(|(&shard, at)| (shard, at.next));
             let begun = self.begin(&places.collect());
             if begun.is_err() {
-                self.consumer = before;
+                std::mem::swap(&mut self.consumer, &mut other);
             }
+            self.leaving = Some(Leaving::start(other));
             begun
         });
         if let Err(error) = renewed {
             warn!("kafka consumer is not made anew: {}", chain(&error));
         }
+    }
+
+    /// Closes the consumer, as far as that goes within a moment.
+    pub fn close(self) {
+        Leaving::start(self.consumer).has_left(CLOSE_WAIT);
     }
 
     /// The next offset that is to come: all before it is in Redis, or was never to be.
@@ -369,6 +416,7 @@ impl Input {
             if let Some(reading) = self.shards.get_mut(shard) {
                 reading.paused = paused;
                 reading.at_end = None;
+                reading.heard = Clock::mono_now();
             }
         }
         Ok(())
@@ -435,7 +483,7 @@ impl Input {
     /// Notes how far a batch has read. What the broker said of the end speaks for the offset before.
     pub fn advance(&mut self, shard: ShardId, next: u64) {
         if let Some(reading) = self.shards.get_mut(&shard) {
-            *reading = Reading::at(next, reading.paused);
+            *reading = Reading::at(next, reading.paused, Clock::mono_now());
         }
     }
 
@@ -444,6 +492,7 @@ impl Input {
         for shard in shards {
             if let Some(reading) = self.shards.get_mut(shard) {
                 reading.eof = true;
+                reading.heard = Clock::mono_now();
             }
         }
     }
@@ -627,4 +676,36 @@ fn partition_of(shard: ShardId) -> i32 {
 
 fn offset_of(next: u64) -> Offset {
     Offset::Offset(i64::try_from(next).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::config::{Config, Flags};
+
+    use super::*;
+
+    #[test]
+    fn silence_is_that_of_the_shard_that_is_read_and_was_not_heard_of_for_longest() {
+        let variables = [
+            ("SPANBUF_SUPERVISION__SHARDS".into(), "0-2".into()),
+            ("SPANBUF_KAFKA__BROKERS".into(), "127.0.0.1:1".into()),
+        ];
+        let config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
+        let mut input = Input::new(&config.kafka, 1 << 20).unwrap();
+        let [first, second, third] = [0, 1, 2].map(ShardId);
+        let starts = [first, second, third].map(|shard| (shard, 5)).into();
+        input.begin(&starts).unwrap();
+        let begun = Clock::mono_now();
+        let later = begun.after(Duration::from_secs(30));
+        let silence = |input: &Input| input.silence(later).as_secs();
+        assert!(silence(&input) >= 30);
+        // One is told of, one is paused, one is silent still; then it is read.
+        input.take_end(first, 5, later);
+        input.pause(&[second], true).unwrap();
+        assert!(silence(&input) >= 30);
+        input.take_end(third, 9, later);
+        assert_eq!(silence(&input), 0);
+        input.pause(&[second], false).unwrap();
+        assert!((29..=30).contains(&silence(&input)), "since it is read");
+    }
 }

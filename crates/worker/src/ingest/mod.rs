@@ -115,6 +115,7 @@ impl Ingest {
             if let Err(ended) = self.beat.go_on().and_then(|()| self.pass()) {
                 crate::drain(&mut self.beat);
                 self.commits.send_last(&self.input);
+                self.input.close();
                 return ended;
             }
         }
@@ -299,6 +300,8 @@ impl Ingest {
                 Ok(true) => {
                     self.ends_failed = false;
                     self.beat.worked(Reason::Kafka);
+                    // A partition whose broker is away, or that librdkafka lost, while others answer.
+                    self.input.renew(self.input.silence(Clock::mono_now()));
                 }
                 Ok(false) => {}
                 // One late answer is none yet: the clocks stand, and it is asked again.

@@ -28,17 +28,20 @@ pub(super) struct Reading {
     pub(super) at_end: Option<MonoNanos>,
     /// The consumer came to the end, and nothing has come since.
     pub(super) eof: bool,
+    /// When a message of it came last, or a word of the broker on it.
+    pub(super) heard: MonoNanos,
     /// The end that the broker told while `eof` stood, and when it told it first.
     eof_end: Option<(u64, MonoNanos)>,
 }
 
 impl Reading {
-    pub(super) fn at(next: u64, paused: bool) -> Self {
+    pub(super) fn at(next: u64, paused: bool, now: MonoNanos) -> Self {
         Self {
             next,
             paused,
             at_end: None,
             eof: false,
+            heard: now,
             eof_end: None,
         }
     }
@@ -51,6 +54,7 @@ impl Reading {
     /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
     /// a transaction's end: then the consumer has come to the end, and the end has stayed where it was since.
     pub(super) fn take_end(&mut self, end: u64, now: MonoNanos) {
+        self.heard = now;
         let (told, since) = self.eof_end.filter(|_| self.eof).unwrap_or((end, now));
         let since = if told == end { since } else { now };
         let is_stable = self.eof && now.since(since) >= ENDS_EVERY;
@@ -82,7 +86,10 @@ mod tests {
     #[test]
     fn an_end_is_asked_for_soon_until_it_is_told() {
         let pause = |readings: &[Reading]| ends_pause(false, readings.iter());
-        let (busy, mut idle) = (Reading::at(5, false), Reading::at(7, false));
+        let (busy, mut idle) = (
+            Reading::at(5, false, MonoNanos::default()),
+            Reading::at(7, false, MonoNanos::default()),
+        );
         assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "nobody came to an end");
         idle.eof = true;
         assert_eq!(pause(&[busy, idle]), ENDS_SOON);
@@ -90,7 +97,7 @@ mod tests {
         assert_eq!(pause(&[busy, idle]), ENDS_SOON, "the end is elsewhere");
         idle.take_end(7, MonoNanos(2));
         assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "it was told");
-        idle = Reading::at(8, false);
+        idle = Reading::at(8, false, MonoNanos::default());
         assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "more came");
         idle.eof = true;
         let failed = ends_pause(true, [busy, idle].iter());
@@ -100,7 +107,7 @@ mod tests {
     #[test]
     fn an_end_behind_the_last_message_counts_when_it_has_stayed_for_a_while() {
         let told = |times: &[(u64, u64)]| {
-            let mut reading = Reading::at(7, false);
+            let mut reading = Reading::at(7, false, MonoNanos::default());
             reading.eof = true;
             for &(end, millis) in times {
                 reading.take_end(
