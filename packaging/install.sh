@@ -11,9 +11,14 @@ cd "$(dirname "$0")/.."
 root="${DESTDIR:-}"
 binaries="${BINARIES:-target/release}"
 
-if [ "${1:-}" != --built ]; then
-    cargo build --release --workspace --bins
-fi
+case "$*" in
+"") cargo build --release --workspace --bins ;;
+--built) ;;
+*)
+    echo "install: unknown arguments: $* (packaging/install.sh, or packaging/install.sh --built)" >&2
+    exit 2
+    ;;
+esac
 for binary in supervisor worker spanctl; do
     if [ ! -x "$binaries/$binary" ]; then
         echo "install: $binaries/$binary is not there (build it, or set BINARIES)" >&2

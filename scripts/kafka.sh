@@ -2,10 +2,12 @@
 # A Kafka broker of your own on this machine: one process in KRaft mode, on 127.0.0.1 alone.
 #
 #   scripts/kafka.sh up     [--port 9092] [--dir DIR] [--proxied PORT=HOST:PORT]
+#   scripts/kafka.sh topics [--port 9092] [--shards 8]
 #   scripts/kafka.sh status [--dir DIR]
 #   scripts/kafka.sh down   [--dir DIR]
 #   scripts/kafka.sh run    [--port 9092] [--dir DIR] [--proxied PORT=HOST:PORT]
 #
+# `topics` makes the four topics that Spanbuf's configuration names where none is given, with as many partitions as shards.
 # `run` stays in the foreground, ends with its terminal or its parent, and goes on with the data of an earlier `run` in DIR.
 # --dir      logs, data and the pid; made by `up`, removed by `down`. Default: $SPANBUF_KAFKA_DIR, or spanbuf-kafka-<uid> in
 #            the system's temp directory.
@@ -80,7 +82,7 @@ free_port() {
 # The subshell closes the connection.
 answers() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-run_tool() { java -Xmx64m -cp "$CACHE/jars/*" "$@"; }
+run_tool() { java -Xmx64m -Dorg.slf4j.simpleLogger.defaultLogLevel=warn -cp "$CACHE/jars/*" "$@"; }
 
 write_config() {
   local controller listeners advertised map
@@ -187,6 +189,21 @@ down() {
   if [ -f "$DIR/$MARK" ]; then rm -rf "$DIR"; fi
 }
 
+topics() {
+  answers "$PORT" || die "no broker at 127.0.0.1:$PORT (scripts/kafka.sh up --port $PORT)"
+  need java default-jre-headless
+  load_jars
+  topic ingest-spans "$SHARDS"
+  topic ingest-spans-dlq 1
+  topic buffered-segments "$SHARDS" max.message.bytes=11534336
+  topic buffered-segments-dlq 1 max.message.bytes=104857600
+}
+
+topic() { # name partitions [setting]
+  run_tool org.apache.kafka.tools.TopicCommand --bootstrap-server "127.0.0.1:$PORT" --create --if-not-exists \
+    --topic "$1" --partitions "$2" ${3:+--config "$3"} >&2 || die "cannot make topic $1"
+}
+
 status() {
   if is_ours; then
     say "runs, pid $(cat "$DIR/pid"), $(grep '^listeners=' "$DIR/server.properties")"
@@ -199,6 +216,7 @@ status() {
 ORDER=${1:-}
 [ $# -gt 0 ] && shift
 PORT=9092
+SHARDS=8
 PROXIED=
 DIR=${SPANBUF_KAFKA_DIR:-${TMPDIR:-/tmp}/spanbuf-kafka-$(id -u)}
 while [ $# -gt 0 ]; do
@@ -206,6 +224,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --port) PORT=$2 ;;
     --dir) DIR=$2 ;;
+    --shards) SHARDS=$2 ;;
     --proxied) PROXIED=$2 ;;
     *) usage ;;
   esac
@@ -219,6 +238,7 @@ case $ORDER in
   run) run ;;
   up) up ;;
   down) down ;;
+  topics) topics ;;
   status) status ;;
   *) usage ;;
 esac

@@ -46,6 +46,9 @@ pub(crate) enum StatusError {
     /// None of that supervisor.
     #[error("find a board of supervisor={0}: there is none")]
     Other(u32),
+    /// It is what a killed one left.
+    #[error("show board name={0}: its supervisor is gone (the next supervisor sweeps it)")]
+    Gone(String),
     /// It cannot be read.
     #[error(transparent)]
     Board(#[from] BoardError),
@@ -57,8 +60,12 @@ pub(crate) enum StatusError {
 /// Shows it. False when nobody reads what is shown.
 pub(crate) fn run(arguments: &Arguments) -> Result<bool, StatusError> {
     let stop = Stop::install_interactive()?;
-    let board = Board::open_read(&name(arguments.supervisor)?)?;
+    let name = name(arguments.supervisor)?;
+    let board = Board::open_read(&name)?;
     loop {
+        if !lives(&name) {
+            return Err(StatusError::Gone(name));
+        }
         let view = board.view(Clock::mono_now(), Clock::wall_now());
         let mut text = if arguments.json {
             view.json() + "\n"

@@ -34,7 +34,7 @@ pub const EXITS: [(Exit, &str); 6] = [
     ),
     (
         Exit::Os,
-        "the operating system refused something; the run directory is held by another supervisor",
+        "the operating system refused something; the run directory is held by another supervisor; `--check` could not reach Redis or Kafka",
     ),
     (Exit::Killed, "stopped, but some workers had to be killed"),
     (

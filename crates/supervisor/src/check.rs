@@ -23,7 +23,9 @@ use shared::{
 use crate::{
     StartError,
     fleet::{
-        self, Duty, reap,
+        self, Duty,
+        lock::Lock,
+        reap,
         spawn::{Birth, Spawner},
         stop,
     },
@@ -45,6 +47,7 @@ pub(crate) fn run(turn: &Turn, config: &Config, spawner: &Spawner) -> Result<Exi
     // Nobody reads it: the exit code says whether all is well.
     drop(io::stdout().write_all(in_force.as_bytes()));
 
+    Lock::prove(&config.supervision.run_dir)?;
     let duty = Duty {
         role: Role::Check,
         index: 0,

@@ -209,6 +209,17 @@ fn listen(level: LevelFilter) {
     );
 }
 
+/// An error and its causes in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
 /// Says why, once, and gives the exit code.
 fn refuse(error: &StartError) -> Exit {
     // Where the configuration is what is wrong, nothing is known of its level.
@@ -217,13 +228,7 @@ fn refuse(error: &StartError) -> Exit {
         config.faults.iter().for_each(|fault| error!("{fault}"));
         return Exit::Config;
     }
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    error!("{text}");
+    error!("{}", chain(error));
     if matches!(error, StartError::Binary(_)) {
         Exit::Config
     } else {

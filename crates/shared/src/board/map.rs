@@ -39,7 +39,9 @@ pub enum BoardError {
         source: io::Error,
     },
     /// A call failed.
-    #[error("{attempt} board name={name} (check /dev/shm and limits)")]
+    #[error(
+        "{attempt} board name={name} (is it another user's? otherwise check /dev/shm and limits)"
+    )]
     System {
         /// What was tried.
         attempt: &'static str,

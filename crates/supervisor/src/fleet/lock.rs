@@ -17,7 +17,11 @@ use std::{
     process,
 };
 
-use nix::libc;
+use nix::{
+    errno::Errno,
+    libc,
+    unistd::{AccessFlags, access},
+};
 
 /// The lock is not ours.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +74,28 @@ impl Lock {
             Ok(file) => Ok(Free { file, path }),
             Err(source) => Err(LockError::Open { path, source }),
         }
+    }
+
+    /// Whether it could be opened: nothing is made, and nothing taken.
+    ///
+    /// # Errors
+    /// [`LockError::Open`].
+    pub(crate) fn prove(run_dir: &Path) -> Result<(), LockError> {
+        let path = run_dir.join("lock");
+        let there = path.ancestors().find(|part| part.exists());
+        // A file of the lock, or the folder that it or its own would be made in.
+        let proved = there.map_or(Ok(()), |part| {
+            let needed = match part.is_dir() {
+                true => AccessFlags::W_OK | AccessFlags::X_OK,
+                false if part == path => AccessFlags::R_OK | AccessFlags::W_OK,
+                false => return Err(Errno::ENOTDIR),
+            };
+            access(part, needed)
+        });
+        proved.map_err(|errno| LockError::Open {
+            path,
+            source: errno.into(),
+        })
     }
 
     /// What workers inherit: their copies hold the lock as well.
@@ -179,6 +205,21 @@ mod tests {
 
     fn open(run_dir: &Path) -> Free {
         Lock::open(run_dir).unwrap()
+    }
+
+    #[test]
+    fn a_run_directory_is_proved_without_a_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let run_dir = folder.path().join("run/deep");
+        Lock::prove(&run_dir).unwrap();
+        assert!(!run_dir.exists());
+        drop(Lock::open(&run_dir).unwrap());
+        Lock::prove(&run_dir).unwrap();
+        let file = run_dir.join("lock");
+        let error = Lock::prove(&file).unwrap_err();
+        assert!(error.to_string().contains("supervision.run_dir"), "{error}");
+        assert!(Lock::open(&file).is_err());
+        assert!(Lock::prove(Path::new("/proc/self/run")).is_err());
     }
 
     #[test]

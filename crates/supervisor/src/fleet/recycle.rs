@@ -18,6 +18,7 @@ use shared::{
 };
 
 use crate::{
+    chain,
     fleet::{
         Fleet,
         spawn::{BinaryError, Spawner},
@@ -97,7 +98,7 @@ impl Fleet {
         match self.source.spawner(&config.supervision) {
             Ok(spawner) => self.spawner = spawner,
             Err(error) => {
-                error!("{error}");
+                error!("{}", chain(&error));
                 return error!("the worker is refused, the old configuration stays in force");
             }
         }
