@@ -16,7 +16,7 @@ case "$*" in
 --built) ;;
 *)
     echo "install: unknown arguments: $* (packaging/install.sh, or packaging/install.sh --built)" >&2
-    exit 2
+    exit 64
     ;;
 esac
 for binary in supervisor worker spanctl; do

@@ -2,12 +2,13 @@
 # A Kafka broker of your own on this machine: one process in KRaft mode, on 127.0.0.1 alone.
 #
 #   scripts/kafka.sh up     [--port 9092] [--dir DIR] [--proxied PORT=HOST:PORT]
-#   scripts/kafka.sh topics [--port 9092] [--shards 8]
+#   scripts/kafka.sh topics [--port 9092] [--partitions 8]
 #   scripts/kafka.sh status [--dir DIR]
 #   scripts/kafka.sh down   [--dir DIR]
 #   scripts/kafka.sh run    [--port 9092] [--dir DIR] [--proxied PORT=HOST:PORT]
 #
-# `topics` makes the four topics that Spanbuf's configuration names where none is given, with as many partitions as shards.
+# `topics` makes the four topics that Spanbuf's configuration names where none is given, the input and the output with that many
+# partitions.
 # `run` stays in the foreground, ends with its terminal or its parent, and goes on with the data of an earlier `run` in DIR.
 # --dir      logs, data and the pid; made by `up`, removed by `down`. Default: $SPANBUF_KAFKA_DIR, or spanbuf-kafka-<uid> in
 #            the system's temp directory.
@@ -193,9 +194,9 @@ topics() {
   answers "$PORT" || die "no broker at 127.0.0.1:$PORT (scripts/kafka.sh up --port $PORT)"
   need java default-jre-headless
   load_jars
-  topic ingest-spans "$SHARDS"
+  topic ingest-spans "$PARTITIONS"
   topic ingest-spans-dlq 1
-  topic buffered-segments "$SHARDS" max.message.bytes=11534336
+  topic buffered-segments "$PARTITIONS" max.message.bytes=11534336
   topic buffered-segments-dlq 1 max.message.bytes=104857600
 }
 
@@ -216,7 +217,7 @@ status() {
 ORDER=${1:-}
 [ $# -gt 0 ] && shift
 PORT=9092
-SHARDS=8
+PARTITIONS=8
 PROXIED=
 DIR=${SPANBUF_KAFKA_DIR:-${TMPDIR:-/tmp}/spanbuf-kafka-$(id -u)}
 while [ $# -gt 0 ]; do
@@ -224,7 +225,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --port) PORT=$2 ;;
     --dir) DIR=$2 ;;
-    --shards) SHARDS=$2 ;;
+    --partitions) PARTITIONS=$2 ;;
     --proxied) PROXIED=$2 ;;
     *) usage ;;
   esac

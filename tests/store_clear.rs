@@ -1,4 +1,4 @@
-//! Clears of several traces: what each leaves, and what one of them that fails does to the others.
+//! Large clears and clears of several traces: what each leaves, and what one of them that fails does to the others.
 //!
 //! In:     journals, one of them no journal, or no sum.
 //! Keeps:  a trace is cleared and counted, or neither.

@@ -28,7 +28,8 @@ impl Nodes {
     pub(crate) fn start(nodes: usize) -> Self {
         match nodes {
             1 => Self::One(Redis::start().unwrap()),
-            _ => Self::Three(Cluster::start().unwrap()),
+            // As the single one: nothing is written to disk.
+            _ => Self::Three(Cluster::start_with(0, &[("appendonly", "no")]).unwrap()),
         }
     }
 

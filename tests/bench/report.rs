@@ -7,7 +7,10 @@
 
 use std::{collections::BTreeMap, fmt::Write as _, fs};
 
-use crate::{SIZES, WAYS, plot};
+use crate::{
+    SIZES, WAYS, plot,
+    whole::{NODES, WORKERS},
+};
 
 const BEGIN: &str = "<!-- measured: scripts/bench.sh writes what follows -->";
 const END: &str = "<!-- end of what scripts/bench.sh writes -->";
@@ -25,7 +28,7 @@ enum Figure {
 
 use Figure::{Bytes, ClientUs, RedisUs, SpansASecond};
 
-/// `(way, size, codec, phase)`.
+/// `(way, size, codec, phase)`; of the whole way, the nodes of Redis stand in place of the way, and the workers in place of the size.
 type Key = (String, String, String, String);
 
 /// The rounds of each key.
@@ -273,12 +276,14 @@ fn table(store: &Measured, text: &mut String) {
 fn kafka(text: &mut String) {
     let measured = Measured::read("kafka");
     text.push_str("### The whole way, with Kafka\n\nReal supervisor and workers, segments of 10 spans, a mock Kafka and Redis on the same cores: one node, or a cluster of three with 4 buckets a shard; flush begins when insert is over.\n\n| nodes of Redis | workers of a role | | spans/s, thousands | worker µs a span | Redis µs a span |\n|---|---|---|---|---|---|\n");
-    let rows = ["1", "3"]
+    let rows = NODES
         .into_iter()
-        .flat_map(|nodes| [1, 2, 4].map(|workers| (nodes, workers)))
-        .flat_map(|(nodes, workers)| ["insert", "flush"].map(|phase| (nodes, workers, phase)));
+        .flat_map(|nodes| WORKERS.map(|workers| (nodes.to_string(), workers)))
+        .flat_map(|(nodes, workers)| {
+            ["insert", "flush"].map(|phase| (nodes.clone(), workers as usize, phase))
+        });
     for (nodes, workers, phase) in rows {
-        let of = |figure: Figure| measured.median(nodes, workers, "lz4", phase, figure);
+        let of = |figure: Figure| measured.median(&nodes, workers, "lz4", phase, figure);
         if let (Some(spans), Some(client), Some(redis)) =
             (of(SpansASecond), of(ClientUs), of(RedisUs))
         {

@@ -29,8 +29,8 @@ const SPANS: usize = 80_000;
 /// Spans of a segment.
 pub(crate) const SEGMENT: usize = 10;
 /// Nodes of Redis, and workers of each role.
-const NODES: [usize; 2] = [1, 3];
-const WORKERS: [u32; 3] = [1, 2, 4];
+pub(crate) const NODES: [usize; 2] = [1, 3];
+pub(crate) const WORKERS: [u32; 3] = [1, 2, 4];
 /// Long enough to insert everything before anything is due.
 const TIMEOUT: Duration = Duration::from_secs(15);
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);

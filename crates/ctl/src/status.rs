@@ -46,8 +46,8 @@ pub(crate) enum StatusError {
     /// None of that supervisor.
     #[error("find a board of supervisor={0}: there is none")]
     Other(u32),
-    /// It is what a killed one left.
-    #[error("show board name={0}: its supervisor is gone (the next supervisor sweeps it)")]
+    /// It is what one left that has ended.
+    #[error("show board name={0}: its supervisor has ended")]
     Gone(String),
     /// It cannot be read.
     #[error(transparent)]

@@ -1,4 +1,4 @@
-//! `--check`: prints what is in force, and lets one worker prove that Redis and Kafka are there.
+//! `--check`: prints what is in force, proves the run directory, and lets one worker prove that Redis and Kafka are there.
 //!
 //! In:     the proved configuration.
 //! Out:    the worker's own output and exit code.

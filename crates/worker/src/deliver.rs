@@ -190,7 +190,7 @@ impl Deliverer {
     fn await_some(&mut self, round: &mut Round, beat: &mut Beat) {
         let mut report = self.reports.recv_timeout(SLICE).ok();
         while let Some((ticket, answer)) = report {
-            // A ticket of an earlier round cannot come: its producer was made anew.
+            // A ticket of an earlier round, given up, has no place here.
             round.answer(ticket.wrapping_sub(round.first), answer.map_err(fault));
             report = self.reports.try_recv().ok();
         }

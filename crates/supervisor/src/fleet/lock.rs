@@ -82,16 +82,14 @@ impl Lock {
     /// [`LockError::Open`].
     pub(crate) fn prove(run_dir: &Path) -> Result<(), LockError> {
         let path = run_dir.join("lock");
-        let there = path.ancestors().find(|part| part.exists());
-        // A file of the lock, or the folder that it or its own would be made in.
-        let proved = there.map_or(Ok(()), |part| {
-            let needed = match part.is_dir() {
-                true => AccessFlags::W_OK | AccessFlags::X_OK,
-                false if part == path => AccessFlags::R_OK | AccessFlags::W_OK,
-                false => return Err(Errno::ENOTDIR),
-            };
-            access(part, needed)
-        });
+        // The lock, or the folder that it or its own would be made in.
+        let proved = match path.ancestors().find(|part| part.exists()) {
+            Some(part) if part == path && part.is_symlink() => Err(Errno::ELOOP),
+            Some(part) if part == path => access(part, AccessFlags::R_OK | AccessFlags::W_OK),
+            Some(part) if part.is_dir() => access(part, AccessFlags::W_OK | AccessFlags::X_OK),
+            Some(_) => Err(Errno::ENOTDIR),
+            None => Ok(()),
+        };
         proved.map_err(|errno| LockError::Open {
             path,
             source: errno.into(),

@@ -2,7 +2,7 @@
 //!
 //! In:     `Due` traces.
 //! Out:    a `Journal` for each: its entries below the position, and what could not be read.
-//! Keeps:  lifting stands before reading in the same pipeline: whoever inserts from then on lowers the score by itself; however
+//! Keeps:  lifting stands before reading: whoever inserts from then on lowers the score by itself; however
 //!         large the traces are, a bounded number of headers is held.
 //! Knows:  the queue, the position, entry headers. Not what is due in a journal.
 //! Source: docs/store.md 3.
@@ -33,6 +33,8 @@ const ATTEMPT: &str = "look at journals";
 const GROUP_ENTRIES: u64 = 20_000;
 /// Entries of a page. Redis sends their chunks along.
 const PAGE_ENTRIES: u64 = 250;
+/// How many times as many pages are read at most as its entries would fill.
+const PAGES_MAX: u64 = 20;
 /// Bytes of headers from which on a cycle looks at no more traces. Decoded they take some five times as many.
 const HEADERS_BYTES: usize = 32 << 20;
 /// Time after which a cycle looks at no more traces.
@@ -299,7 +301,8 @@ fn read_pages(
     entries: u64,
 ) -> Result<Option<Vec<Vec<u8>>>, Ended> {
     let (mut fields, mut cursor) = (Vec::new(), 0);
-    for _ in 0..=entries.saturating_mul(2) / PAGE_ENTRIES {
+    // A page of a table that was much larger once has few entries.
+    for _ in 0..=entries.saturating_mul(PAGES_MAX) / PAGE_ENTRIES {
         beat.go_on()?;
         let page = Command::headers_page(due.bucket, &due.member, cursor, PAGE_ENTRIES);
         let answer = ask(client, beat, ATTEMPT, vec![page])?.pop();
@@ -321,7 +324,10 @@ fn read_pages(
             return Ok(Some(fields));
         }
     }
-    not_read(due, &"it grows faster than it is read");
+    not_read(
+        due,
+        &"its pages have no end (does it grow faster than it is read?)",
+    );
     Ok(None)
 }
 
@@ -374,7 +380,7 @@ fn looked_at(
     looked.collect()
 }
 
-/// The position of a bucket, if its traces were lifted before it was read.
+/// The position of a bucket, which may have none; nothing if its traces were not lifted before it was read, or it was not read.
 fn position(traces: usize, lift: Option<Answer>, position: Option<Answer>) -> Option<Option<u64>> {
     match (lift, position) {
         (Some(Ok(_)), Some(Ok(position))) => Some(reply::offset(&position)),

@@ -139,9 +139,7 @@ impl Ingest {
             )?)
         };
         let ends = collected.ends().to_vec();
-        let Collected {
-            lost_place, outage, ..
-        } = collected;
+        let (lost_place, outage) = collected.end();
         let mut again = written.map_or_else(Vec::new, |written| self.settle(&written));
         self.input.came_to_end(&ends);
         if lost_place {
