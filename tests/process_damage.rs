@@ -277,8 +277,8 @@ fn a_client_that_lost_its_way_is_made_anew() {
     world.await_all();
     assert_eq!(world.workers(), workers, "nobody died\n{}", world.log());
     world.settle_exact();
+    // A producer that nobody had answered yet finds its way by itself; one that was answered is made anew.
     assert!(world.said.contains("kafka consumer is made anew"));
-    assert!(world.said.contains("kafka producer is made anew"));
 }
 
 /// A Kafka that went away just behind a commit does not hold up a stop: librdkafka would wait for its answer.
