@@ -63,6 +63,15 @@ fn send(world: &mut World, spans: u64, mut make: impl FnMut(u64) -> (u32, Vec<u8
     world.send(&messages);
 }
 
+/// Sends spans of one trace that each name a parent of its own that nobody sent: an entry each, and a segment each.
+fn send_orphans(world: &mut World, spans: u64) {
+    send(world, spans, |serial| {
+        let parent = format!("f{serial:015x}");
+        let payload = span("t", &format!("{serial:016x}"), Some(&parent), serial, 0);
+        (1, payload)
+    });
+}
+
 /// What a shape must hold to: every span once, bounded memory, and a Redis that serves others meanwhile.
 fn hold_to(shape: &str, mut world: World) {
     let begun = Clock::mono_now();
@@ -111,27 +120,14 @@ fn a_segment_of_a_hundred_thousand_spans_comes_out() {
 #[test]
 fn a_trace_of_ten_thousand_segments_comes_out() {
     let mut world = started();
-    // Each names a parent of its own that nobody sent: an entry each, and a segment each.
-    send(&mut world, 10_000, |serial| {
-        let parent = format!("f{serial:015x}");
-        (
-            1,
-            span("t", &format!("{serial:016x}"), Some(&parent), serial, 0),
-        )
-    });
+    send_orphans(&mut world, 10_000);
     hold_to("a trace of 10,000 segments", world);
 }
 
 #[test]
 fn a_trace_of_three_hundred_thousand_entries_comes_out() {
     let mut world = started();
-    send(&mut world, 300_000, |serial| {
-        let parent = format!("f{serial:015x}");
-        (
-            2,
-            span("t", &format!("{serial:016x}"), Some(&parent), serial, 0),
-        )
-    });
+    send_orphans(&mut world, 300_000);
     hold_to("a trace of 300,000 entries", world);
 }
 
