@@ -41,6 +41,10 @@ mod raw;
 mod report;
 mod whole;
 
+/// As in a worker.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// `flush.max_flush_segments`, in both systems.
 const SEGMENTS_A_CYCLE: usize = 500;
 /// `buffer.max_segment_bytes`, in both systems.

@@ -20,10 +20,8 @@ use worker::{
     deliver::{Deliver, Fault, Outgoing},
     flush::{
         assemble::Limits,
-        choose::{Budget, Choice},
-        clear, due,
-        headers::{self, Failures},
-        load,
+        due,
+        lanes::{Lane, Lanes, lanes_of},
         produce::Output,
     },
     ingest::{
@@ -33,7 +31,7 @@ use worker::{
 };
 
 use crate::{
-    Flushed, SEGMENT_BYTES_MAX, SEGMENTS_A_CYCLE, Way, groups,
+    Flushed, SEGMENT_BYTES_MAX, Way, groups,
     input::{ARRIVAL, Envelope},
 };
 
@@ -51,7 +49,6 @@ pub(crate) struct Product {
     store: Store,
     settled: Settled,
     client: Client,
-    output: Output<Nobody>,
     beat: Beat,
     _board: BoardOwner,
     offset: u64,
@@ -111,7 +108,6 @@ impl Product {
             store,
             settled,
             client,
-            output: Output::new(&config, Nobody::default(), None, SEGMENT_BYTES_MAX),
             beat,
             _board: board,
             offset: 0,
@@ -119,7 +115,8 @@ impl Product {
         }
     }
 
-    fn cycle(&mut self) -> bool {
+    /// The lanes of a worker, as `flush::begin` makes them.
+    fn lanes(&self) -> Lanes<Nobody> {
         let buffer = &self.config.buffer;
         let limits = Limits {
             timeout: buffer.timeout,
@@ -129,29 +126,27 @@ impl Product {
             max_trace_bytes: buffer.max_trace_bytes,
             max_trace_entries: buffer.max_trace_entries,
         };
-        let budget = Budget {
-            segments: SEGMENTS_A_CYCLE,
-            bytes: self.config.flush.max_flush_bytes,
+        let (count, budget) = lanes_of(&self.config.flush);
+        let lane = || Lane {
+            client: Client::new(&self.config.redis).unwrap(),
+            beat: self.beat.another(),
+            output: Output::new(&self.config, Nobody::default(), None, SEGMENT_BYTES_MAX),
+            limits,
+            budget,
+            ttl: self.config.redis.redis_ttl,
+            ledgers: BTreeMap::new(),
         };
-        let ttl = self.config.redis.redis_ttl;
+        Lanes::start((0..count).map(|_| lane()).collect())
+    }
+
+    fn cycle(&mut self, lanes: &mut Lanes<Nobody>) -> bool {
         let (client, beat) = (&mut self.client, &mut self.beat);
-        let queues = due::read(client, beat, &[(BUCKET, LATER)], budget.segments).unwrap();
-        let looked = headers::look(
-            client,
-            beat,
-            queues.due,
-            limits.root_timeout,
-            ttl,
-            &mut Failures::default(),
-        )
-        .unwrap();
-        let mut choice = Choice::new(looked.journals, &limits);
-        while !choice.is_empty() {
-            let loaded = load::load(client, beat, choice.wave(&budget)).unwrap();
-            let produced = self.output.produce(loaded, beat);
-            clear::clear(client, beat, produced, ttl, &BTreeMap::new()).unwrap();
-        }
-        queues.more || looked.left
+        lanes.hear().unwrap();
+        let queues = due::read(client, beat, &[(BUCKET, LATER)], lanes.wanted()).unwrap();
+        let mut due = queues.due;
+        due.retain(|due| !lanes.hold(due));
+        lanes.hand(due, beat).unwrap();
+        queues.more | lanes.take_left()
     }
 }
 
@@ -177,7 +172,22 @@ impl Way for Product {
     }
 
     fn flush(&mut self) -> Flushed {
-        while self.cycle() {}
-        std::mem::take(&mut self.output.deliverer_mut().0)
+        let mut flushed = Flushed::default();
+        // What a lane left is seen when it has ended its part.
+        loop {
+            let mut lanes = self.lanes();
+            while self.cycle(&mut lanes) {}
+            let (outputs, ended) = lanes.end(&mut self.beat);
+            ended.unwrap();
+            let before = flushed.spans;
+            for mut output in outputs {
+                let Flushed { spans, bytes } = output.deliverer_mut().0;
+                flushed.spans += spans;
+                flushed.bytes += bytes;
+            }
+            if flushed.spans == before {
+                return flushed;
+            }
+        }
     }
 }

@@ -6,7 +6,11 @@
 //! Knows:  the kernel's signals. No role.
 //! Source: docs/supervision.md 1; docs/house.md 10.
 
-use std::{cell::Cell, os::fd::AsFd, time::Duration};
+use std::{
+    os::fd::AsFd,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
 
 use nix::{
     errno::Errno,
@@ -28,7 +32,7 @@ pub struct SignalError(#[from] Errno);
 #[derive(Debug)]
 pub struct Stop {
     signals: SignalFd,
-    requested: Cell<bool>,
+    requested: AtomicBool,
 }
 
 impl Stop {
@@ -60,17 +64,23 @@ impl Stop {
         let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         Ok(Self {
             signals,
-            requested: Cell::new(false),
+            requested: AtomicBool::new(false),
         })
+    }
+
+    /// Asks for a stop from within: every thread sees it, one that waits at the end of its wait.
+    pub fn request(&self) {
+        self.requested.store(true, Relaxed);
     }
 
     /// Whether a stop was asked for.
     #[must_use]
     pub fn requested(&self) -> bool {
-        if !self.requested.get() && matches!(self.signals.read_signal(), Ok(Some(_))) {
-            self.requested.set(true);
+        // It says nothing of other memory: whoever reads it late waits once more.
+        if !self.requested.load(Relaxed) && matches!(self.signals.read_signal(), Ok(Some(_))) {
+            self.requested.store(true, Relaxed);
         }
-        self.requested.get()
+        self.requested.load(Relaxed)
     }
 
     /// Waits that long, or until a stop is asked for.

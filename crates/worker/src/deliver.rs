@@ -6,13 +6,15 @@
 //! Knows:  rdkafka's producer. Not what is sent, nor what an answer means for it.
 //! Source: docs/spec.md 2.4, 5.4.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use log::warn;
 use rdkafka::{
     ClientContext,
-    client::Client,
     config::{ClientConfig, RDKafkaLogLevel},
     error::{KafkaError, RDKafkaErrorCode},
     message::{DeliveryResult, Header, OwnedHeaders},
@@ -29,8 +31,6 @@ use crate::{
     kafka::{self, Context, MakeError},
 };
 
-/// Reports that may stand between librdkafka's thread and ours; more wait in librdkafka.
-const REPORTS_WAITING: usize = 1024;
 /// How long one wait for reports may last: the worker shows progress in between.
 const SLICE: Duration = Duration::from_millis(250);
 /// How much longer than librdkafka's own time-out a report may take before its client is given up.
@@ -80,16 +80,22 @@ pub trait Deliver: std::fmt::Debug {
     ///
     /// Shape: one answer for each message, in the order given.
     fn deliver(&mut self, messages: &[Outgoing<'_>], beat: &mut Beat) -> Vec<Result<(), Fault>>;
+
+    /// Sends one message in no batch with others, whoever sends them: a batch is refused as a whole.
+    fn deliver_alone(&mut self, message: Outgoing<'_>, beat: &mut Beat) -> Result<(), Fault> {
+        let answer = self.deliver(&[message], beat).pop();
+        answer.unwrap_or(Err(Fault::Silent))
+    }
 }
 
-/// A producer whose every delivery is awaited.
+/// A producer whose every delivery is awaited. A copy, for another thread, delivers with the same one.
+#[derive(Clone)]
 pub struct Deliverer {
     client: ClientConfig,
     delivery_timeout: Duration,
-    // Before the producer: dropping the receiver frees librdkafka's thread, which dropping the producer joins.
-    reports: Receiver<Report>,
-    producer: ThreadedProducer<Reports>,
-    next_ticket: usize,
+    producer: Arc<Mutex<Arc<ThreadedProducer<Reports>>>>,
+    /// For messages that go alone; made for the first of them.
+    alone: Option<Box<Deliverer>>,
 }
 
 impl std::fmt::Debug for Deliverer {
@@ -100,9 +106,17 @@ impl std::fmt::Debug for Deliverer {
     }
 }
 
+/// A message's place in its round, and the broker's word on it.
 type Report = (usize, Result<(), RDKafkaErrorCode>);
 
-struct Reports(Sender<Report>);
+/// Where the report on a message goes: it has room there.
+struct Ticket {
+    index: usize,
+    reports: Sender<Report>,
+}
+
+/// Sends reports where their tickets say.
+struct Reports;
 
 impl ClientContext for Reports {
     fn log(&self, level: RDKafkaLogLevel, facility: &str, line: &str) {
@@ -115,15 +129,15 @@ impl ClientContext for Reports {
 }
 
 impl ProducerContext for Reports {
-    type DeliveryOpaque = usize;
+    type DeliveryOpaque = Box<Ticket>;
 
-    fn delivery(&self, result: &DeliveryResult<'_>, ticket: usize) {
+    fn delivery(&self, result: &DeliveryResult<'_>, ticket: Box<Ticket>) {
         let answer = match result {
             Ok(_) => Ok(()),
             Err((error, _)) => Err(error.rdkafka_error_code().unwrap_or(RDKafkaErrorCode::Fail)),
         };
-        // Nobody listens any more: the producer was given up, and what it had is asked of Kafka again.
-        self.0.send((ticket, answer)).ok();
+        // Where nobody listens any more the message was given up, and what it held is asked of Kafka again.
+        ticket.reports.try_send((ticket.index, answer)).ok();
     }
 }
 
@@ -142,37 +156,59 @@ impl Deliverer {
             // A batch is refused as a whole: it must not be what makes small messages too large.
             client.set("batch.size", bytes.clamp(1, 1_000_000).to_string());
         }
-        let (reports, producer) = make(&client)?;
+        let producer = make(&client)?;
         Ok(Self {
             client,
             delivery_timeout,
-            reports,
-            producer,
-            next_ticket: 1,
+            producer: Arc::new(Mutex::new(Arc::new(producer))),
+            alone: None,
         })
     }
 
-    /// librdkafka's client, for questions about topics.
-    #[must_use]
-    pub fn client(&self) -> &Client<impl ClientContext + use<>> {
-        self.producer.client()
+    /// The same, with every message in a batch of its own.
+    fn batchless(&self) -> Result<Self, ProducerError> {
+        let mut client = self.client.clone();
+        client.set("batch.num.messages", "1");
+        let producer = make(&client)?;
+        Ok(Self {
+            client,
+            delivery_timeout: self.delivery_timeout,
+            producer: Arc::new(Mutex::new(Arc::new(producer))),
+            alone: None,
+        })
+    }
+
+    /// Asks Kafka for the partitions of a topic; none: there is no such topic.
+    ///
+    /// # Errors
+    /// librdkafka's, when the brokers do not answer or refuse.
+    pub fn partitions(&self, topic: &str) -> Result<Option<Vec<u32>>, KafkaError> {
+        kafka::partitions(self.current().client(), topic)
+    }
+
+    fn current(&self) -> Arc<ThreadedProducer<Reports>> {
+        // A thread that panics while it holds this has changed nothing.
+        let producer = self.producer.lock();
+        Arc::clone(&producer.unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Hands one message to librdkafka; while its queue is full, takes reports.
-    fn send(&mut self, index: usize, message: &Outgoing<'_>, round: &mut Round, beat: &mut Beat) {
+    fn send(&self, index: usize, message: &Outgoing<'_>, round: &mut Round, beat: &mut Beat) {
         loop {
-            let mut record = BaseRecord::<[u8], [u8], usize>::with_opaque_to(
-                message.topic,
-                round.first.wrapping_add(index),
-            )
-            .headers(headers(&message.headers));
+            let ticket = Box::new(Ticket {
+                index,
+                reports: round.sender.clone(),
+            });
+            let mut record =
+                BaseRecord::<[u8], [u8], Box<Ticket>>::with_opaque_to(message.topic, ticket)
+                    .headers(headers(&message.headers));
             if let Some(payload) = message.payload {
                 record = record.payload(payload);
             }
             if let Some(key) = message.key {
                 record = record.key(key);
             }
-            let Err((error, _)) = self.producer.send(record) else {
+            let Err((error, _)) = round.producer.send(record) else {
                 return;
             };
             match error.rdkafka_error_code() {
@@ -187,12 +223,11 @@ impl Deliverer {
     }
 
     /// Takes the reports that stand, or waits a moment for the first.
-    fn await_some(&mut self, round: &mut Round, beat: &mut Beat) {
-        let mut report = self.reports.recv_timeout(SLICE).ok();
-        while let Some((ticket, answer)) = report {
-            // A ticket of an earlier round, given up, has no place here.
-            round.answer(ticket.wrapping_sub(round.first), answer.map_err(fault));
-            report = self.reports.try_recv().ok();
+    fn await_some(&self, round: &mut Round, beat: &mut Beat) {
+        let mut report = round.reports.recv_timeout(SLICE).ok();
+        while let Some((index, answer)) = report {
+            round.answer(index, answer.map_err(fault));
+            report = round.reports.try_recv().ok();
         }
         if Clock::mono_now().since(round.begun) >= SHOWN_AFTER {
             beat.backpressure(Reason::Delivery, Some(round.begun));
@@ -215,16 +250,18 @@ impl Deliverer {
 
     /// A fatal error (idempotence lost) or silence is mended by a new client alone; and librdkafka may not find its way back to a
     /// broker that is there again.
-    fn make_anew(&mut self) {
+    fn make_anew(&self, lost: &Arc<ThreadedProducer<Reports>>) {
+        let mut producer = self.producer.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&producer, lost) {
+            // Another thread lost it as well, and was first.
+            return;
+        }
         warn!(
             "kafka producer is made anew fatal={:?}",
-            self.producer.client().fatal_error()
+            lost.client().fatal_error()
         );
         match make(&self.client) {
-            Ok((reports, producer)) => {
-                self.reports = reports;
-                self.producer = producer;
-            }
+            Ok(anew) => *producer = Arc::new(anew),
             // The same properties were taken before; the old client goes on failing, and this is tried again.
             Err(error) => warn!("{}", crate::chain(&error)),
         }
@@ -236,14 +273,16 @@ impl Deliver for Deliverer {
     fn deliver(&mut self, messages: &[Outgoing<'_>], beat: &mut Beat) -> Vec<Result<(), Fault>> {
         let phase = beat.phase_now();
         beat.phase(Phase::Kafka);
+        let (sender, reports) = bounded(messages.len());
         let mut round = Round {
-            first: self.next_ticket,
+            producer: self.current(),
+            sender,
+            reports,
             answers: vec![None; messages.len()],
             left: messages.len(),
             begun: Clock::mono_now(),
             stopping: None,
         };
-        self.next_ticket = self.next_ticket.wrapping_add(messages.len());
         for (index, message) in messages.iter().enumerate() {
             self.send(index, message, &mut round, beat);
         }
@@ -251,9 +290,9 @@ impl Deliver for Deliverer {
             self.await_some(&mut round, beat);
         }
         beat.backpressure(Reason::Delivery, None);
-        let is_lost = round.was_silent() || self.producer.client().fatal_error().is_some();
+        let is_lost = round.was_silent() || round.producer.client().fatal_error().is_some();
         if is_lost && !beat.stopping() {
-            self.make_anew();
+            self.make_anew(&round.producer);
         }
         beat.phase(phase);
         round
@@ -262,11 +301,28 @@ impl Deliver for Deliverer {
             .map(|answer| answer.unwrap_or(Err(Fault::Silent)))
             .collect()
     }
+
+    fn deliver_alone(&mut self, message: Outgoing<'_>, beat: &mut Beat) -> Result<(), Fault> {
+        if self.alone.is_none() {
+            match self.batchless() {
+                Ok(alone) => self.alone = Some(Box::new(alone)),
+                Err(error) => warn!("{}", crate::chain(&error)),
+            }
+        }
+        let answer = self
+            .alone
+            .as_mut()
+            .and_then(|alone| alone.deliver(&[message], beat).pop());
+        answer.unwrap_or(Err(Fault::Silent))
+    }
 }
 
 /// The messages of one call and what is known of them.
 struct Round {
-    first: usize,
+    producer: Arc<ThreadedProducer<Reports>>,
+    /// Has room for a report on each message.
+    sender: Sender<Report>,
+    reports: Receiver<Report>,
     answers: Vec<Option<Result<(), Fault>>>,
     left: usize,
     begun: MonoNanos,
@@ -289,14 +345,10 @@ impl Round {
     }
 }
 
-fn make(
-    client: &ClientConfig,
-) -> Result<(Receiver<Report>, ThreadedProducer<Reports>), ProducerError> {
-    let (sender, reports) = bounded(REPORTS_WAITING);
-    let producer = client
-        .create_with_context(Reports(sender))
-        .map_err(|error| ProducerError(error.into()))?;
-    Ok((reports, producer))
+fn make(client: &ClientConfig) -> Result<ThreadedProducer<Reports>, ProducerError> {
+    client
+        .create_with_context(Reports)
+        .map_err(|error| ProducerError(error.into()))
 }
 
 fn headers(pairs: &[(&'static str, Vec<u8>)]) -> OwnedHeaders {

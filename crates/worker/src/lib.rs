@@ -33,11 +33,11 @@ pub enum Ended {
     /// The supervisor asked for it.
     Stopped,
     /// Going on, or trying again, does not help.
-    Refused(Box<dyn Error>),
+    Refused(Box<dyn Error + Send + Sync>),
 }
 
 /// An error that ends a worker for good: its supervisor does not start it again.
-pub trait Refusal: Error + 'static {}
+pub trait Refusal: Error + Send + Sync + 'static {}
 
 impl<E: Refusal> From<E> for Ended {
     fn from(refusal: E) -> Self {

@@ -20,6 +20,10 @@ use shared::{
     telemetry::logs::{self, Identity},
 };
 
+/// Its threads hand memory to each other: what one of them frees is used again whoever asks for it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// The longest record: far above any list of shards.
 const RECORD_BYTES_MAX: u64 = 32 << 20;
 

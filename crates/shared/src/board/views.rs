@@ -527,8 +527,8 @@ impl ClockWriter {
     }
 }
 
-/// Counts what becomes of a shard's spans. Each cell has one writer: the first three ingest, the others flush.
-#[derive(Debug)]
+/// Counts what becomes of a shard's spans. Each cell has one writer, a process: the first three ingest, the others flush.
+#[derive(Debug, Clone)]
 pub struct Ledger {
     board: Board,
     shard: ShardId,
@@ -571,8 +571,8 @@ impl Ledger {
             .own_shard(self.shard)
             .and_then(|cells| cells.get(place))
         {
-            // Nobody else writes it: no need for one step.
-            cell.store(cell.load(Relaxed).wrapping_add(amount), Relaxed);
+            // Its worker's threads all count here.
+            cell.fetch_add(amount, Relaxed);
         }
     }
 }

@@ -159,7 +159,7 @@ pub const KEYS: &[Key] = &[
     key(
         "flush.max_flush_segments",
         "500",
-        "most segments that one worker loads, sends and clears together",
+        "most traces that all lanes of a worker take at once, and most segments that one of them loads, sends and clears together",
     ),
     key(
         "flush.max_flush_bytes",

@@ -103,7 +103,7 @@ impl Command {
     /// Reads all of a bucket's sum.
     #[must_use]
     pub fn sum(bucket: Bucket) -> Self {
-        Self::new(bucket, named("HGETALL", sum_key(bucket)))
+        Self::new(bucket, named("HGETALL", sum_key(bucket))).orderly()
     }
 
     /// Sets one counter of a bucket's sum, such as one that a single process counts.
@@ -211,7 +211,7 @@ impl Command {
     /// Counts the traces of a queue.
     #[must_use]
     pub fn queue_len(bucket: Bucket) -> Self {
-        Self::new(bucket, named("ZCARD", queue_key(bucket)))
+        Self::new(bucket, named("ZCARD", queue_key(bucket))).orderly()
     }
 
     /// Takes a member out of a queue that is no trace of ours.

@@ -6,11 +6,20 @@
 //! Knows:  the order of a start.
 //! Source: docs/spec.md 5.3, 9.1; docs/supervision.md 3.
 
+use std::collections::BTreeMap;
+
 use log::{info, warn};
 use shared::{board::Board, config::Config, launch::Launch};
 use store::client::Client;
 
-use super::{Flush, assemble::Limits, headers::Failures, produce::Output, upkeep::Upkeep};
+use super::{
+    Flush,
+    assemble::Limits,
+    headers::Failures,
+    lanes::{Lane, Lanes, lanes_of},
+    produce::Output,
+    upkeep::Upkeep,
+};
 use crate::{
     Ended, Refusal,
     beat::{Beat, Reason},
@@ -65,15 +74,29 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Fl
 
     let all = client.buckets();
     let buckets = launch.shards.iter().flat_map(|shard| all.of_shard(shard));
-    let ledgers = launch
+    let ledgers: BTreeMap<_, _> = launch
         .shards
         .iter()
         .filter_map(|shard| Some((shard, board.ledger(shard)?)))
         .collect();
+    let limits = limits(&config, segment_bytes_max);
+    let (count, budget) = lanes_of(&config.flush);
+    let mut lanes = Vec::with_capacity(count);
+    for _ in 0..count {
+        let deliverer = deliverer.clone();
+        lanes.push(Lane {
+            client: Client::new(&config.redis)?,
+            beat: beat.another(),
+            output: Output::new(&config, deliverer, dlq.clone(), segment_bytes_max),
+            limits,
+            budget,
+            ttl: config.redis.redis_ttl,
+            ledgers: ledgers.clone(),
+        });
+    }
     Ok(Flush {
-        limits: limits(&config, segment_bytes_max),
+        lanes: Lanes::start(lanes),
         upkeep: Upkeep::new(buckets.collect()),
-        output: Output::new(&config, deliverer, dlq, segment_bytes_max),
         shards: launch.shards.clone(),
         board: board.clone(),
         failures: Failures::default(),
@@ -104,7 +127,7 @@ fn exists(
     beat: &mut Beat,
 ) -> Result<bool, Ended> {
     loop {
-        match kafka::partitions(deliverer.client(), topic) {
+        match deliverer.partitions(topic) {
             Ok(partitions) => {
                 beat.worked(Reason::Kafka);
                 return Ok(partitions.is_some());

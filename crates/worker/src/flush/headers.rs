@@ -35,9 +35,9 @@ const GROUP_ENTRIES: u64 = 20_000;
 const PAGE_ENTRIES: u64 = 250;
 /// How many times as many pages are read at most as its entries would fill.
 const PAGES_MAX: u64 = 20;
-/// Bytes of headers from which on a cycle looks at no more traces. Decoded they take some five times as many.
-const HEADERS_BYTES: usize = 32 << 20;
-/// Time after which a cycle looks at no more traces.
+/// Bytes of headers from which on a lane looks at no more traces. Decoded they take some five times as many.
+const HEADERS_BYTES: usize = 8 << 20;
+/// Time after which a lane looks at no more traces.
 const LOOK_MAX: Duration = Duration::from_secs(10);
 /// How many looks may fail before a trace is put off, and for how long it is.
 const LOOKS_MAX: u32 = 3;
@@ -72,40 +72,51 @@ impl Journal {
 pub struct Failures(HashMap<(Bucket, Member), u32>);
 
 impl Failures {
-    /// Counts a failed look; says whether the trace is to be put off.
+    /// Forgets the traces that were read, and counts those whose look failed; gives those of them that are to be put off.
+    pub fn count(&mut self, read: &[Due], failed: Vec<Due>) -> Vec<Due> {
+        if self.0.is_empty() && failed.is_empty() {
+            return Vec::new();
+        }
+        for due in read {
+            self.0.remove(&key(due));
+        }
+        let mut put_off = failed;
+        put_off.retain(|due| self.add(due));
+        put_off
+    }
+
     fn add(&mut self, due: &Due) -> bool {
         if self.0.len() >= FAILURES_MAX {
             self.0.clear();
         }
-        let key = (due.bucket, due.member.clone());
-        let count = self.0.entry(key.clone()).or_default();
+        let count = self.0.entry(key(due)).or_default();
         *count += 1;
         let put_off = *count >= LOOKS_MAX;
         if put_off {
-            self.0.remove(&key);
+            self.0.remove(&key(due));
         }
         put_off
     }
-
-    fn forget(&mut self, due: &Due) {
-        if !self.0.is_empty() {
-            self.0.remove(&(due.bucket, due.member.clone()));
-        }
-    }
 }
 
-/// What a cycle looked at.
+fn key(due: &Due) -> (Bucket, Member) {
+    (due.bucket, due.member.clone())
+}
+
+/// What a lane looked at.
 #[derive(Debug)]
 pub struct Looked {
     /// The journals.
     pub journals: Vec<Journal>,
+    /// The traces whose look failed.
+    pub failed: Vec<Due>,
     /// Whether traces were left for the next cycle: their headers would have been too many, or taken too long. They are as due as
     /// they were.
     pub left: bool,
 }
 
 /// Lifts the scores of traces and reads positions and headers, a bounded number of them at a time and in all. A trace whose look
-/// failed comes back by its lifted score; after three failures in a row it is put off.
+/// failed comes back by its lifted score.
 ///
 /// # Errors
 /// [`Ended::Stopped`].
@@ -115,7 +126,6 @@ pub fn look(
     due: Vec<Due>,
     root_timeout: Duration,
     ttl: Duration,
-    failures: &mut Failures,
 ) -> Result<Looked, Ended> {
     let counts = due
         .iter()
@@ -125,7 +135,7 @@ pub fn look(
         .into_iter()
         .map(|count| count.as_ref().map_or(0, reply::count));
     let mut groups = groups(due.into_iter().zip(counts)).into_iter();
-    let (mut journals, mut put_off, mut bytes) = (Vec::new(), Vec::new(), 0);
+    let (mut journals, mut failed, mut bytes) = (Vec::new(), Vec::new(), 0);
     let until = Clock::mono_now().after(LOOK_MAX);
     while bytes < HEADERS_BYTES
         && Clock::mono_now() < until
@@ -152,18 +162,16 @@ pub fn look(
         for looked in looked {
             match looked {
                 Ok(journal) => {
-                    failures.forget(&journal.due);
                     bytes += journal.header_bytes();
                     journals.push(journal);
                 }
-                Err(due) if failures.add(&due) => put_off.push(due),
-                Err(_) => {}
+                Err(due) => failed.push(due),
             }
         }
     }
-    put_off_all(client, beat, put_off, ttl)?;
     Ok(Looked {
         journals: in_turn(journals),
+        failed,
         left: groups.next().is_some(),
     })
 }
@@ -461,9 +469,8 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn groups_hold_every_trace_once_and_a_bounded_number_of_entries() {
-        let due = |number: u64| Due {
+    fn due(number: u64) -> Due {
+        Due {
             bucket: Bucket {
                 slice: None,
                 shard: ShardId(0),
@@ -472,7 +479,28 @@ mod tests {
             member: Member::new(ProjectId(number), &TraceId::new(b"t")),
             score: UnixMillis(number),
             now: UnixMillis(1_000),
+        }
+    }
+
+    #[test]
+    fn a_trace_is_put_off_after_three_failures_in_a_row() {
+        let mut failures = Failures::default();
+        let mut look = |failed: &[u64]| -> Vec<u64> {
+            let read = (1..=2).filter(|number| !failed.contains(number));
+            let read: Vec<Due> = read.map(due).collect();
+            let failed = failed.iter().map(|&number| due(number)).collect();
+            let put_off = failures.count(&read, failed);
+            put_off.into_iter().map(|due| due.score.0).collect()
         };
+        assert!(look(&[1, 2]).is_empty());
+        assert!(look(&[1]).is_empty(), "the other one was read");
+        assert_eq!(look(&[1, 2]), [1]);
+        assert!(look(&[1, 2]).is_empty(), "it begins anew");
+        assert_eq!(look(&[2]), [2]);
+    }
+
+    #[test]
+    fn groups_hold_every_trace_once_and_a_bounded_number_of_entries() {
         let counts = [1, 19_999, 1, 300_000, 0, 5, 20_000, 20_000];
         let cut: Vec<Vec<u64>> = groups((0..).map(due).zip(counts))
             .into_iter()

@@ -3,7 +3,7 @@
 //! In:     the shards' clocks on the board; queues and journals.
 //! Out:    messages, acknowledged; then journals without them.
 //! Keeps:  what is cleared was produced; nothing is flushed that is not due; a stop ends the running cycle and starts none.
-//! Knows:  the order of a cycle.
+//! Knows:  the order of a cycle: what is due is found here, and goes its way in the lanes.
 //! Source: docs/spec.md 5; docs/store.md 3, 4.
 
 use std::{collections::BTreeMap, time::Duration};
@@ -22,11 +22,9 @@ use store::{
 };
 
 use self::{
-    assemble::Limits,
-    choose::{Budget, Choice, Look},
     due::{Due, Queues},
-    headers::{Failures, Looked},
-    produce::Output,
+    headers::Failures,
+    lanes::{Heard, Lanes},
     upkeep::Upkeep,
 };
 use crate::{
@@ -41,6 +39,7 @@ pub mod choose;
 pub mod clear;
 pub mod due;
 pub mod headers;
+pub mod lanes;
 pub mod load;
 pub mod message;
 pub mod produce;
@@ -51,20 +50,15 @@ const SLEEP_MAX: Duration = Duration::from_millis(50);
 /// A cycle begins after this long, whatever the deadlines say.
 const CYCLE_EVERY: Duration = Duration::from_secs(1);
 
-/// The longest that one look's waves keep others waiting that became due meanwhile. It may be longer than the lift of the scores:
-/// no other worker has these shards.
-const WAVES_MAX: Duration = Duration::from_secs(10);
-
 /// The role at work.
 pub(crate) struct Flush {
     config: Config,
-    limits: Limits,
     board: Board,
     shards: ShardList,
     ledgers: BTreeMap<ShardId, Ledger>,
     beat: Beat,
     client: Client,
-    output: Output,
+    lanes: Lanes,
     failures: Failures,
     upkeep: Upkeep,
 }
@@ -74,8 +68,8 @@ struct CycleEnd {
     begun: MonoNanos,
     /// Something that is due was left.
     left: bool,
-    /// Kafka did not take all.
-    failed: bool,
+    /// What is due, and with a lane still.
+    held: Vec<Due>,
     /// For each bucket, when its next trace is due.
     next: Vec<(Bucket, UnixMillis)>,
 }
@@ -97,22 +91,23 @@ impl Flush {
             };
             if let Err(ended) = ended {
                 crate::drain(&mut self.beat);
-                return ended;
+                let (_, of_lanes) = self.lanes.end(&mut self.beat);
+                return of_lanes.err().unwrap_or(ended);
             }
         }
     }
 
-    /// The whole way, once.
+    /// Finds what is due and hands it to the lanes.
     fn cycle(&mut self) -> Result<CycleEnd, Ended> {
         let begun = Clock::mono_now();
-        let (limits, ttl) = (self.limits, self.config.redis.redis_ttl);
-        let budget = Budget {
-            segments: self.config.flush.max_flush_segments,
-            bytes: self.config.flush.max_flush_bytes,
-        };
+        let ttl = self.config.redis.redis_ttl;
+        let heard = self.lanes.hear()?;
+        self.take(heard)?;
+        let was_left = self.lanes.take_left();
 
         let clocks = self.clocks(begun);
-        let queues = due::read(&mut self.client, &mut self.beat, &clocks, budget.segments)?;
+        let wanted = self.lanes.wanted();
+        let queues = due::read(&mut self.client, &mut self.beat, &clocks, wanted)?;
         self.take_out_foreign(&queues)?;
         let Queues {
             due,
@@ -121,63 +116,35 @@ impl Flush {
             depth,
             ..
         } = queues;
-        let Looked {
-            journals,
-            left: unread,
-        } = headers::look(
-            &mut self.client,
-            &mut self.beat,
-            due,
-            limits.root_timeout,
-            ttl,
-            &mut self.failures,
-        )?;
-        self.beat.phase(Phase::Work);
-        let mut choice = Choice::new(journals, &limits);
-        let ready = Clock::mono_now();
-        // As long as it took to come here, so that half of the time goes into what it is for.
-        let until = ready.after(ready.since(begun).clamp(CYCLE_EVERY, WAVES_MAX));
-        let mut failed = false;
-        while !failed && !choice.is_empty() && !self.beat.stopping() {
-            for put_off in self.flush(choice.wave(&budget))? {
-                choice.forget(&put_off);
-            }
-            failed = self.output.left_open();
-            // Behind the first wave at the earliest, or nothing would ever go.
-            if Clock::mono_now() >= until {
-                break;
-            }
-        }
-        let unfinished = !choice.is_empty();
-        if unfinished {
-            self.flush(choice.rest())?;
-        }
+        let (held, due): (Vec<Due>, Vec<Due>) =
+            due.into_iter().partition(|due| self.lanes.hold(due));
+        // Where the lanes have all that was read, there is nothing to do at once.
+        let more_for_lanes = more && !due.is_empty();
+        let heard = self.lanes.hand(due, &mut self.beat)?;
+        self.take(heard)?;
 
-        let left = more || unread || unfinished;
         self.upkeep
             .turn(&mut self.client, &mut self.beat, ttl, &self.ledgers)?;
-        self.beat.cells().queue_depth(depth);
-        self.beat.backpressure(Reason::Due, left.then_some(begun));
-        self.beat.turn_done();
+        self.beat.queue_depth(depth);
+        let left = self.lanes.take_left();
+        let behind = more | was_left | left;
+        self.beat.backpressure(Reason::Due, behind.then_some(begun));
+        if self.lanes.are_proven() {
+            self.beat.turn_done();
+        }
         Ok(CycleEnd {
             begun,
-            left,
-            failed,
+            left: left | more_for_lanes,
+            held,
             next,
         })
     }
 
-    /// Loads, produces and clears one wave; gives the traces that were put off.
-    fn flush(&mut self, looks: Vec<Look>) -> Result<Vec<Due>, Ended> {
-        let loaded = load::load(&mut self.client, &mut self.beat, looks)?;
-        let produced = self.output.produce(loaded, &mut self.beat);
-        clear::clear(
-            &mut self.client,
-            &mut self.beat,
-            produced,
-            self.config.redis.redis_ttl,
-            &self.ledgers,
-        )
+    /// Puts off the traces whose looks failed again and again.
+    fn take(&mut self, heard: Heard) -> Result<(), Ended> {
+        let put_off = self.failures.count(&heard.read, heard.failed);
+        let ttl = self.config.redis.redis_ttl;
+        headers::put_off_all(&mut self.client, &mut self.beat, put_off, ttl)
     }
 
     /// Waits until something is due by the clocks on the board, at most a second; a stop ends the wait.
@@ -185,12 +152,16 @@ impl Flush {
         self.beat.phase(Phase::Idle);
         loop {
             self.beat.go_on()?;
+            let heard = self.lanes.hear()?;
+            self.take(heard)?;
             let now = Clock::mono_now();
-            if end.failed && now.since(end.begun) < CYCLE_EVERY {
+            if self.lanes.failed() {
                 self.beat.wait(SLEEP_MAX);
                 continue;
             }
-            if end.left || now.since(end.begun) >= CYCLE_EVERY {
+            let is_free = end.held.iter().any(|due| !self.lanes.hold(due));
+            let left = end.left || is_free || self.lanes.left();
+            if left || now.since(end.begun) >= CYCLE_EVERY {
                 return Ok(());
             }
             let clocks = self.clocks(now);

@@ -202,15 +202,14 @@ impl<D: Deliver> Output<D> {
     fn send_round(&mut self, round: &mut Round, beat: &mut Beat) {
         let sendings = std::mem::take(&mut round.sendings);
         round.bytes = 0;
-        beat.cells()
-            .in_flight(u64::try_from(sendings.len()).unwrap_or(u64::MAX));
+        beat.in_flight(sendings.len());
         // After a round that was not answered well the others would wait in vain, each as long.
         let outcomes = if self.left_open {
             vec![Outcome::Open; sendings.len()]
         } else {
             self.send(&sendings, beat)
         };
-        beat.cells().in_flight(0);
+        beat.in_flight(0);
         let answers = sendings.into_iter().zip(outcomes);
         round
             .answered
@@ -293,7 +292,10 @@ impl<D: Deliver> Output<D> {
 
     /// A message that the broker found too large: alone once more, since a batch is refused as a whole; then to the dead-letter topic.
     fn send_large(&mut self, sending: &Sending, beat: &mut Beat) -> Outcome {
-        match self.deliver_one(outgoing(sending, &sending.topic), beat) {
+        match self
+            .deliverer
+            .deliver_alone(outgoing(sending, &sending.topic), beat)
+        {
             Ok(()) => return Outcome::Acknowledged,
             Err(Fault::TooLarge) => {}
             Err(_) => return Outcome::Open,
@@ -311,7 +313,7 @@ impl<D: Deliver> Output<D> {
             .headers
             .push(("source_topic", sending.topic.as_bytes().to_vec()));
         message.headers.push(("dropped", b"too_large".to_vec()));
-        match self.deliver_one(message, beat) {
+        match self.deliverer.deliver_alone(message, beat) {
             Ok(()) => {
                 error!(
                     "dropped spans={} flush_id={} bytes={bytes} reason=too_large: they are in topic={dlq} (raise max.message.bytes of {})",
@@ -328,12 +330,6 @@ impl<D: Deliver> Output<D> {
             }
             Err(_) => Outcome::Open,
         }
-    }
-
-    fn deliver_one(&mut self, message: Outgoing<'_>, beat: &mut Beat) -> Result<(), Fault> {
-        self.deliver(&[message], beat)
-            .pop()
-            .unwrap_or(Err(Fault::Silent))
     }
 
     fn deliver(&mut self, messages: &[Outgoing<'_>], beat: &mut Beat) -> Vec<Result<(), Fault>> {
