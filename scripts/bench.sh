@@ -9,9 +9,10 @@ cd "$(dirname "$0")/.."
 . scripts/needs.sh
 need_toolchain
 need setpriv util-linux "the private Redis dies with the bench"
-cargo build --workspace --bins
-cargo build --package e2e --example bench
-bench=target/debug/examples/bench
+# As it is installed.
+cargo build --release --workspace --bins
+cargo build --release --package e2e --example bench
+bench=target/release/examples/bench
 parts=("$@")
 [ $# -gt 0 ] || parts=(store codecs kafka latency report)
 for part in "${parts[@]}"; do
