@@ -19,6 +19,8 @@ use super::{AddressError, Command};
 /// What is sent before replies are read: a pause of the server is noticed early, and its buffers stay small.
 const SLICE_COMMANDS: usize = 1_000;
 const SLICE_BYTES: usize = 8 << 20;
+/// The most bytes of an encoded slice whose memory is kept for the next: to grow it anew is to copy it several times.
+const KEPT_BYTES: usize = 4 << 20;
 
 /// One node, and the connection to it.
 pub(super) struct Node {
@@ -28,6 +30,8 @@ pub(super) struct Node {
     info: ConnectionInfo,
     timeout: Duration,
     connection: Option<Connection>,
+    /// The memory of encoded slices.
+    slice: Vec<u8>,
     /// How many connections were let go of: what one of them heard may be gone behind the next.
     pub(super) losses: u64,
 }
@@ -61,6 +65,7 @@ impl Node {
             info,
             timeout,
             connection: None,
+            slice: Vec::new(),
             losses: 0,
         })
     }
@@ -85,13 +90,17 @@ impl Node {
         let all = commands.len();
         let mut commands = commands.peekable();
         let mut replies = Vec::with_capacity(all);
+        let mut slice = std::mem::take(&mut self.slice);
         while commands.peek().is_some() {
-            let (slice, count) = encode(&mut commands);
+            let count = encode(&mut commands, &mut slice);
             if let Err(error) = self.send_slice(&slice, count, until, &mut replies) {
                 self.close();
                 replies.resize_with(all, || Err(error.clone()));
                 break;
             }
+        }
+        if slice.capacity() <= KEPT_BYTES {
+            self.slice = slice;
         }
         replies
     }
@@ -129,15 +138,16 @@ fn connect(info: &ConnectionInfo, timeout: Duration) -> Result<Connection, Redis
     Ok(connection)
 }
 
-/// As many commands as go into one slice, encoded, and how many these are.
-fn encode<'c>(commands: &mut impl Iterator<Item = &'c Command>) -> (Vec<u8>, usize) {
-    let (mut slice, mut count) = (Vec::new(), 0);
+/// Encodes as many commands as go into one slice; gives how many these are.
+fn encode<'c>(commands: &mut impl Iterator<Item = &'c Command>, slice: &mut Vec<u8>) -> usize {
+    slice.clear();
+    let mut count = 0;
     for command in commands.by_ref().take(SLICE_COMMANDS) {
-        command.cmd.write_packed_command(&mut slice);
+        command.cmd.write_packed_command(slice);
         count += 1;
         if slice.len() >= SLICE_BYTES {
             break;
         }
     }
-    (slice, count)
+    count
 }
