@@ -399,7 +399,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_slot_moves_on_with_the_stage_that_moved_longest_ago() {
+    fn the_slot_moves_on_with_the_thread_that_moved_longest_ago() {
         let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into());
         let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
         let owner = BoardOwner::create(&config.supervision.shards, 1).unwrap();
