@@ -32,8 +32,19 @@ use crate::beat::Beat;
 /// The longest wait for one answer of a broker.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long a broker holds a fetch back that finds no message, in milliseconds; `kafka.consumer` may say otherwise.
-const FETCH_WAIT_MS: &str = "50";
+/// What librdkafka waits for in a consumer where its own defaults are too long, in milliseconds; `kafka.properties` and
+/// `kafka.consumer` may say otherwise.
+const CONSUMER_WAITS: [(&str, &str); 2] = [
+    // How long a broker holds a fetch back that finds no message. It answers one request of a connection after the other: a question
+    // for the ends waits behind that fetch, and the clocks of a partition that is read to its end stand meanwhile. Else 500.
+    ("fetch.wait.max.ms", "50"),
+    // How soon a full prefetch is looked at again. A worker empties one in a third of a second, and would wait for the rest of 1000.
+    ("fetch.queue.backoff.ms", "10"),
+];
+
+/// How long a producer keeps a message to send others with it, in milliseconds. What is sent together comes at once here, and is waited
+/// for; librdkafka's own 5 would be waited for as well.
+const LINGER_MS: &str = "1";
 
 /// How often a pending answer is looked for.
 const POLL: Duration = Duration::from_millis(20);
@@ -83,10 +94,10 @@ pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
         .set("queued.max.messages.kbytes", prefetch_kib.to_string());
-    if client.get("fetch.wait.max.ms").is_none() {
-        // A broker answers one request of a connection after the other: a question for the ends waits behind a fetch that waits
-        // for messages, and the clocks of a partition that is read to its end stand meanwhile. librdkafka's default is 500.
-        client.set("fetch.wait.max.ms", FETCH_WAIT_MS);
+    for (name, value) in CONSUMER_WAITS {
+        if client.get(name).is_none() {
+            client.set(name, value);
+        }
     }
     set_all(&mut client, &kafka.consumer);
     client
@@ -101,6 +112,9 @@ pub fn producer(kafka: &config::Kafka, delivery_timeout: Duration) -> ClientConf
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", millis(delivery_timeout).to_string())
         .set("message.max.bytes", CLIENT_MESSAGE_BYTES.to_string());
+    if client.get("linger.ms").is_none() {
+        client.set("linger.ms", LINGER_MS);
+    }
     set_all(&mut client, &kafka.producer);
     client
 }
