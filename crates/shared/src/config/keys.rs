@@ -180,8 +180,8 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "intake.batch_time",
-        "20ms",
-        "how long a batch is collected after its first message",
+        "10ms",
+        "how soon a batch that is not full follows the one before",
     ),
     // A respawn is over long before; spans that nobody flushes fill Redis.
     key(

@@ -61,7 +61,7 @@ fn nothing_but_shards_is_needed() {
     );
     assert_eq!(
         (config.buffer.max_segment_bytes, config.intake.batch_time),
-        (10 << 20, Duration::from_millis(20))
+        (10 << 20, Duration::from_millis(10))
     );
 }
 

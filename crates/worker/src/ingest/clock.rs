@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use shared::time::{MonoNanos, UnixMillis};
 
-/// How long what the broker said of the end speaks, how far a clock runs ahead of its last turn, and how far it is moved on by time
-/// alone: docs/spec.md 2.6.
+/// How long what the broker said of the end speaks, how far a clock runs ahead of its last turn, or on within its batch, and how far it
+/// is moved on by time alone: docs/spec.md 2.6.
 const REACH: Duration = Duration::from_secs(2);
 
 /// The time of a message: Kafka's, or the wall clock when there is none or it lies ahead. 0 is what a producer without a clock
@@ -60,6 +60,13 @@ impl Shown {
     }
 }
 
+/// A batch that is not written yet: its `now`, and the latest time in it.
+#[derive(Debug, Clone, Copy)]
+struct Pending {
+    now: UnixMillis,
+    latest: UnixMillis,
+}
+
 /// A shard's clock, as the worker keeps it that writes the shard.
 #[derive(Debug, Clone)]
 pub struct InputClock {
@@ -67,8 +74,8 @@ pub struct InputClock {
     shown: Option<Shown>,
     /// The `now` of the batch before, and the moment when it was taken.
     before: Option<(UnixMillis, MonoNanos)>,
-    /// The `now` of a batch that is not written yet.
-    pending: Option<UnixMillis>,
+    /// The batch that is not written yet.
+    pending: Option<Pending>,
     /// The latest time that this worker has read.
     latest: Option<UnixMillis>,
 }
@@ -105,29 +112,53 @@ impl InputClock {
     /// The `now` of a batch, from the times of all its messages: the smallest that is not below the clock. Where all are below, it is
     /// that of the batch before, moved on by the time since, at most 2 s; time that the clock has run meanwhile is not added again.
     ///
-    /// The clock should stand by now: one that runs is taken for the furthest that readers may get to.
+    /// The clock should stand by now, or [`stops_before`](Self::stops_before) them: one that runs is taken for the furthest that
+    /// readers may get to.
     pub fn batch(&mut self, times: &[UnixMillis], mono: MonoNanos) -> UnixMillis {
         let clock = self.shown.map(|shown| shown.furthest());
         let ahead = times.iter().copied().filter(|&time| Some(time) >= clock);
         let now = ahead.min().unwrap_or_else(|| self.moved_on(clock, mono));
+        let latest = times.iter().copied().max();
         self.before = Some((now, mono));
-        self.pending = Some(now);
-        self.latest = self.latest.max(times.iter().copied().max());
+        self.pending = Some(Pending {
+            now,
+            latest: latest.map_or(now, |latest| latest.max(now)),
+        });
+        self.latest = self.latest.max(latest);
         now
     }
 
-    /// Sets it to the `now` of the batch, standing: all writes of that batch were acknowledged. Without a batch it stands where it is.
+    /// Whether it stops by itself at or before the earliest of these times: it need not stand for the batch that holds them.
+    #[must_use]
+    pub fn stops_before(&self, times: &[UnixMillis]) -> bool {
+        let earliest = times.iter().copied().min();
+        self.shown.map(|shown| shown.furthest()) <= earliest
+    }
+
+    /// Sets it to the `now` of the batch: all writes of that batch were acknowledged. It runs on to the latest time of the batch: what
+    /// came until then is written. Where that is more than 2 s away it stands: a message far ahead of its neighbours must not pull
+    /// it along. Without a batch it stands where it is.
     pub fn written(&mut self, mono: MonoNanos) -> Shown {
         let reached = self.now(mono).unwrap_or_default();
-        let clock = self.pending.take().map_or(reached, |now| now.max(reached));
-        let shown = Shown::standing(clock, mono);
+        let shown = match self.pending.take() {
+            None => Shown::standing(reached, mono),
+            Some(Pending { now, latest }) => {
+                let clock = now.max(reached);
+                let further = Some(latest.since(clock)).filter(|&further| further <= REACH);
+                Shown {
+                    clock,
+                    at: mono,
+                    until: mono.after(further.unwrap_or_default()),
+                }
+            }
+        };
         self.shown = Some(shown);
         shown
     }
 
-    /// Lets it run until 2 s from now: there is no more input, as the broker confirmed at a moment within the last 2 s. One that stood
-    /// goes up first, to the latest time read, or to the wall clock if this worker has read nothing. Gives what to show; nothing when
-    /// the end is not known, or a batch is not written: it stops by itself then.
+    /// Lets it run until 2 s from now: there is no more input, as the broker confirmed at a moment within the last 2 s. One that stood,
+    /// or is behind the latest time read, goes up to that first, or to the wall clock if this worker has read nothing. Gives what to
+    /// show; nothing when the end is not known, or a batch is not written: it stops by itself then.
     pub fn at_end(
         &mut self,
         confirmed: MonoNanos,
@@ -140,7 +171,9 @@ impl InputClock {
         let until = mono.after(REACH);
         let shown = match self.shown {
             // Its value and moment are kept: taken anew each turn, it would lose part of a millisecond each time.
-            Some(shown) if shown.runs(mono) => Shown { until, ..shown },
+            Some(shown) if shown.runs(mono) && Some(shown.read(mono)) >= self.latest => {
+                Shown { until, ..shown }
+            }
             _ => {
                 let goal = self.latest.unwrap_or(wall_now);
                 let clock = self.now(mono).map_or(goal, |reached| reached.max(goal));
@@ -205,13 +238,38 @@ mod tests {
         assert_eq!(clock.freeze(ms(0)), None);
         assert_eq!(clock.batch(&unix(&[50, 40, 60]), ms(0)), UnixMillis(40));
         assert_eq!(clock.now(ms(5)), None);
-        assert_eq!(clock.written(ms(5)), shown(40, 5, 5));
+        assert_eq!(clock.written(ms(5)).clock, UnixMillis(40));
+        clock.freeze(ms(5));
         assert_eq!(clock.batch(&unix(&[90, 39, 40, 41]), ms(6)), UnixMillis(40));
-        assert_eq!(clock.written(ms(7)), shown(40, 7, 7));
-        assert_eq!(clock.batch(&unix(&[30, 70, 80]), ms(8)), UnixMillis(70));
+        assert_eq!(clock.written(ms(7)).clock, UnixMillis(40));
+        clock.freeze(ms(7));
+        assert_eq!(clock.batch(&unix(&[30, 70, 70]), ms(8)), UnixMillis(70));
         assert_eq!(clock.written(ms(9)), shown(70, 9, 9));
         // It stands, whatever the time.
         assert_eq!(clock.now(ms(1_000_000)), Some(UnixMillis(70)));
+    }
+
+    #[test]
+    fn it_runs_on_to_the_latest_time_of_what_is_written() {
+        let mut clock = InputClock::new(None);
+        clock.batch(&unix(&[50, 40, 60]), ms(0));
+        assert_eq!(clock.written(ms(5)), shown(40, 5, 25));
+        assert_eq!(clock.now(ms(15)), Some(UnixMillis(50)));
+        // The next batch lies behind that: the clock need not stand for it, and gets as far as before.
+        assert!(clock.stops_before(&unix(&[61, 60])));
+        assert_eq!(clock.batch(&unix(&[61, 60]), ms(16)), UnixMillis(60));
+        assert_eq!(clock.now(ms(1_000_000)), Some(UnixMillis(60)));
+        assert_eq!(clock.written(ms(18)), shown(60, 18, 19));
+        // A late one does not: where readers may get to decides, unless it stands.
+        let late = unix(&[60]);
+        assert!(!clock.stops_before(&late));
+        clock.freeze(ms(18));
+        assert!(clock.stops_before(&late));
+        assert_eq!(clock.batch(&late, ms(18)), UnixMillis(60));
+        // One message of today among those of a backlog.
+        clock.written(ms(19));
+        clock.batch(&unix(&[70, 86_400_000]), ms(20));
+        assert_eq!(clock.written(ms(21)), shown(70, 21, 21));
     }
 
     #[test]
@@ -388,8 +446,9 @@ mod tests {
                     Call::Written => {
                         let pending = clock.pending;
                         let shown = clock.written(mono);
-                        prop_assert_eq!(shown.at, shown.until);
-                        prop_assert!(pending.is_none_or(|now| now == shown.clock));
+                        let (now, latest) = pending.map_or((shown.clock, shown.clock), |batch| (batch.now, batch.latest));
+                        prop_assert_eq!(shown.clock, now);
+                        prop_assert!(shown.furthest() <= latest);
                         Some(shown)
                     }
                     Call::AtEnd { age, wall_now } => {

@@ -194,8 +194,8 @@ pub struct BatchLimits {
     pub spans: usize,
     /// Bytes of values.
     pub bytes: u64,
-    /// Time since the first record.
-    pub time: Duration,
+    /// Until when the batch stays open once it has a record; what is there already is taken at once.
+    pub until: MonoNanos,
     /// How long to wait for the first record.
     pub idle: Duration,
 }
@@ -427,23 +427,24 @@ impl Input {
     pub fn collect<'c>(&'c self, limits: &BatchLimits) -> Collected<'c> {
         let mut batch = Collected::default();
         let mut deadline = Clock::mono_now().after(limits.idle);
+        let mut wait = limits.idle;
         while batch.messages.len() < limits.spans && batch.bytes < limits.bytes {
-            let left = deadline.since(Clock::mono_now());
-            let first = batch.messages.is_empty();
-            match self.consumer.poll(left) {
+            match self.consumer.poll(wait) {
                 Some(Ok(message)) => {
-                    if first {
-                        deadline = Clock::mono_now().after(limits.time);
-                    }
+                    // The clock is looked at when there is no more: to read it is a good part of what a poll costs.
+                    (deadline, wait) = (limits.until, Duration::ZERO);
                     batch.bytes += u64::try_from(message.payload_len()).unwrap_or(u64::MAX);
                     let shard = u32::try_from(message.partition()).map(ShardId);
                     batch.ends.retain(|end| shard != Ok(*end));
                     batch.messages.push(message);
                     batch.outage = batch.outage.filter(|error| !is_transport(error));
+                    continue;
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     batch.ends.extend(u32::try_from(partition).map(ShardId));
                     batch.outage = batch.outage.filter(|error| !is_transport(error));
+                    wait = deadline.since(Clock::mono_now());
+                    continue;
                 }
                 Some(Err(error)) => match error.rdkafka_error_code() {
                     Some(
@@ -452,15 +453,13 @@ impl Input {
                         batch.lost_place = true;
                         break;
                     }
-                    _ => {
-                        batch.outage = Some(error);
-                        if left.is_zero() {
-                            break;
-                        }
-                    }
+                    _ => batch.outage = Some(error),
                 },
-                None if left.is_zero() => break,
                 None => {}
+            }
+            wait = deadline.since(Clock::mono_now());
+            if wait.is_zero() {
+                break;
             }
         }
         batch

@@ -72,6 +72,8 @@ pub(crate) struct Ingest {
     commits: Commits,
     intake: Intake,
     shards: BTreeMap<ShardId, Shard>,
+    /// When the batch before was taken: the next one stays open until `intake.batch_time` after it.
+    taken: MonoNanos,
     watched: MonoNanos,
     renewed: MonoNanos,
     floored: MonoNanos,
@@ -126,6 +128,7 @@ impl Ingest {
         self.steer_intake()?;
         self.beat.phase(Phase::Idle);
         let collected = self.input.collect(&self.limits());
+        self.taken = Clock::mono_now();
         let written = if collected.is_empty() {
             None
         } else {
@@ -324,13 +327,13 @@ impl Ingest {
         BatchLimits {
             spans: intake.batch_spans,
             bytes: intake.batch_bytes,
-            time: intake.batch_time,
+            until: self.taken.after(intake.batch_time),
             idle: IDLE,
         }
     }
 }
 
-/// Parses, groups and inserts one batch. The clocks of its shards stand meanwhile.
+/// Parses, groups and inserts one batch. The clocks of its shards do not pass it meanwhile.
 fn write(
     collected: &Collected<'_>,
     config: &Config,
@@ -355,10 +358,12 @@ fn write(
         let Some(shard) = shards.get_mut(&part.shard) else {
             continue;
         };
-        // Readers' clocks stop where ours does: both at this moment.
         let mono = Clock::mono_now();
-        let frozen = shard.clock.freeze(mono);
-        shard.publish(frozen);
+        if !shard.clock.stops_before(&part.times) {
+            // Readers' clocks stop where ours does: both at this moment.
+            let frozen = shard.clock.freeze(mono);
+            shard.publish(frozen);
+        }
         let now = shard.clock.batch(&part.times, mono);
         let latest = part.times.iter().copied().max().unwrap_or(now);
         counts.push((part.shard, part.counts(), latest));
