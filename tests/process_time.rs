@@ -172,6 +172,42 @@ fn shards_at_different_lags_do_not_disturb_each_other() {
 }
 
 #[test]
+fn a_span_that_comes_a_moment_later_makes_its_segment_later_by_no_more_than_that() {
+    const ROOT_TIMEOUT: Duration = Duration::from_secs(1);
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.await_healthy();
+    let mut late: Vec<u64> = Vec::new();
+    for index in 0..3 {
+        let trace = format!("{index:032x}");
+        let serial = 1_000 + 10 * index;
+        let root = span(&trace, ROOT, None, serial, 10);
+        world.send(&[message(0, Clock::wall_now(), root)]);
+        // The trace is looked at when the root alone would be due. Nothing else becomes due that would have it looked at again.
+        stand::pause(Duration::from_millis(300));
+        let last = Clock::wall_now();
+        let child = span(
+            &trace,
+            &format!("{serial:016x}"),
+            Some(ROOT),
+            serial + 1,
+            10,
+        );
+        world.send(&[message(0, last, child)]);
+        world.read_first();
+        let sent = world.output.last().and_then(|message| message.timestamp);
+        let sent = UnixMillis(sent.unwrap().try_into().unwrap());
+        let deadline = last.after(ROOT_TIMEOUT);
+        assert!(sent >= deadline, "sent={sent} deadline={deadline}");
+        late.push(sent.0 - deadline.0);
+    }
+    world.settle_exact();
+    assert_eq!(segments(&world).len(), 3);
+    late.sort_unstable();
+    assert!(late[1] < 400, "late by {late:?} ms");
+}
+
+#[test]
 fn spans_that_come_after_their_segment_form_one_under_its_id() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     world.start();

@@ -19,7 +19,7 @@ use shared::{
     board::{Ledger, Phase},
     config,
     shard::ShardId,
-    time::{Clock, MonoNanos},
+    time::{Clock, MonoNanos, UnixMillis},
 };
 use store::{
     client::Client,
@@ -111,6 +111,8 @@ struct Done {
     left: bool,
     /// Kafka did not take all of it.
     left_open: bool,
+    /// When what stays in them is looked at.
+    next: Vec<(Bucket, UnixMillis)>,
 }
 
 /// What was heard of the lanes.
@@ -120,6 +122,16 @@ pub struct Heard {
     pub read: Vec<Due>,
     /// Traces whose look failed.
     pub failed: Vec<Due>,
+    /// When what stays in their traces is looked at.
+    pub next: Vec<(Bucket, UnixMillis)>,
+}
+
+impl Heard {
+    fn extend(&mut self, more: Self) {
+        self.read.extend(more.read);
+        self.failed.extend(more.failed);
+        self.next.extend(more.next);
+    }
 }
 
 impl<D: Deliver + Send + 'static> Lanes<D> {
@@ -181,9 +193,7 @@ impl<D: Deliver + Send + 'static> Lanes<D> {
             }
             self.in_flight.extend(traces);
             due = rest;
-            let Heard { read, failed } = self.hear()?;
-            heard.read.extend(read);
-            heard.failed.extend(failed);
+            heard.extend(self.hear()?);
         }
         Ok(heard)
     }
@@ -203,8 +213,11 @@ impl<D: Deliver + Send + 'static> Lanes<D> {
             }
             self.left |= done.left;
             self.is_proven = true;
-            heard.read.extend(done.read);
-            heard.failed.extend(done.failed);
+            heard.extend(Heard {
+                read: done.read,
+                failed: done.failed,
+                next: done.next,
+            });
         }
         self.check()?;
         Ok(heard)
@@ -307,9 +320,11 @@ impl<D: Deliver> Lane<D> {
         let ready = Clock::mono_now();
         // As long as it took to come here, so that half of the time goes into what it is for.
         let until = ready.after(ready.since(begun).clamp(CYCLE_EVERY, WAVES_MAX));
-        let mut left_open = false;
+        let (mut left_open, mut next) = (false, Vec::new());
         while !left_open && !choice.is_empty() && !self.beat.stopping() {
-            for put_off in self.flush(choice.wave(&self.budget))? {
+            let looks = choice.wave(&self.budget);
+            next.extend(looks.iter().filter_map(next_look));
+            for put_off in self.flush(looks)? {
                 choice.forget(&put_off);
             }
             left_open = self.output.left_open();
@@ -328,6 +343,7 @@ impl<D: Deliver> Lane<D> {
             failed,
             left: unread || unfinished,
             left_open,
+            next,
         })
     }
 
@@ -347,6 +363,11 @@ impl<D: Deliver> Lane<D> {
 
 fn is_recent(failed: MonoNanos) -> bool {
     Clock::mono_now().since(failed) < CYCLE_EVERY
+}
+
+/// The bucket of a look, and when it is to be followed by another.
+fn next_look(look: &Look) -> Option<(Bucket, UnixMillis)> {
+    Some((look.due.bucket, look.next_look?))
 }
 
 fn key(due: &Due) -> (Bucket, Member) {

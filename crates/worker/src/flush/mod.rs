@@ -86,7 +86,7 @@ impl Flush {
         self.beat.ready();
         loop {
             let ended = match self.cycle() {
-                Ok(end) => self.sleep(&end),
+                Ok(end) => self.sleep(end),
                 Err(ended) => Err(ended),
             };
             if let Err(ended) = ended {
@@ -102,6 +102,7 @@ impl Flush {
         let begun = Clock::mono_now();
         let ttl = self.config.redis.redis_ttl;
         let heard = self.lanes.hear()?;
+        // The queues know when their traces are due again.
         self.take(heard)?;
         let was_left = self.lanes.take_left();
 
@@ -112,7 +113,7 @@ impl Flush {
         let Queues {
             due,
             more,
-            next,
+            mut next,
             depth,
             ..
         } = queues;
@@ -121,7 +122,7 @@ impl Flush {
         // Where the lanes have all that was read, there is nothing to do at once.
         let more_for_lanes = more && !due.is_empty();
         let heard = self.lanes.hand(due, &mut self.beat)?;
-        self.take(heard)?;
+        next.extend(self.take(heard)?);
 
         self.upkeep
             .turn(&mut self.client, &mut self.beat, ttl, &self.ledgers)?;
@@ -140,20 +141,21 @@ impl Flush {
         })
     }
 
-    /// Puts off the traces whose looks failed again and again.
-    fn take(&mut self, heard: Heard) -> Result<(), Ended> {
+    /// Puts off the traces whose looks failed again and again; gives when others are looked at again.
+    fn take(&mut self, heard: Heard) -> Result<Vec<(Bucket, UnixMillis)>, Ended> {
         let put_off = self.failures.count(&heard.read, heard.failed);
         let ttl = self.config.redis.redis_ttl;
-        headers::put_off_all(&mut self.client, &mut self.beat, put_off, ttl)
+        headers::put_off_all(&mut self.client, &mut self.beat, put_off, ttl)?;
+        Ok(heard.next)
     }
 
     /// Waits until something is due by the clocks on the board, at most a second; a stop ends the wait.
-    fn sleep(&mut self, end: &CycleEnd) -> Result<(), Ended> {
+    fn sleep(&mut self, mut end: CycleEnd) -> Result<(), Ended> {
         self.beat.phase(Phase::Idle);
         loop {
             self.beat.go_on()?;
             let heard = self.lanes.hear()?;
-            self.take(heard)?;
+            end.next.extend(self.take(heard)?);
             let now = Clock::mono_now();
             if self.lanes.failed() {
                 self.beat.wait(SLEEP_MAX);
