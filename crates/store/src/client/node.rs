@@ -16,9 +16,10 @@ use shared::time::{Clock, MonoNanos};
 
 use super::{AddressError, Command};
 
-/// What is sent before replies are read: a pause of the server is noticed early, and its buffers stay small.
-const SLICE_COMMANDS: usize = 1_000;
-const SLICE_BYTES: usize = 8 << 20;
+/// What is encoded and sent at once. The replies to a slice are read behind the next one: the server works meanwhile. A pause of it is
+/// noticed early, and its buffers stay small.
+const SLICE_COMMANDS: usize = 500;
+const SLICE_BYTES: usize = 4 << 20;
 /// The most bytes of an encoded slice whose memory is kept for the next: to grow it anew is to copy it several times.
 const KEPT_BYTES: usize = 4 << 20;
 
@@ -91,13 +92,14 @@ impl Node {
         let mut commands = commands.peekable();
         let mut replies = Vec::with_capacity(all);
         let mut slice = std::mem::take(&mut self.slice);
-        while commands.peek().is_some() {
+        let mut unread = 0;
+        while replies.len() < all {
             let count = encode(&mut commands, &mut slice);
-            if let Err(error) = self.send_slice(&slice, count, until, &mut replies) {
+            if let Err(error) = self.exchange(&slice, unread, until, &mut replies) {
                 self.close();
                 replies.resize_with(all, || Err(error.clone()));
-                break;
             }
+            unread = count;
         }
         if slice.capacity() <= KEPT_BYTES {
             self.slice = slice;
@@ -105,10 +107,11 @@ impl Node {
         replies
     }
 
-    fn send_slice(
+    /// Sends a slice, which may be empty, and then reads the replies to the one before.
+    fn exchange(
         &mut self,
         slice: &[u8],
-        count: usize,
+        unread: usize,
         until: MonoNanos,
         replies: &mut Vec<Result<Value, RedisError>>,
     ) -> Result<(), RedisError> {
@@ -121,8 +124,10 @@ impl Node {
             Some(connection) => connection,
             empty => empty.insert(connect(&self.info, self.timeout)?),
         };
-        connection.send_packed_command(slice)?;
-        for _ in 0..count {
+        if !slice.is_empty() {
+            connection.send_packed_command(slice)?;
+        }
+        for _ in 0..unread {
             in_time()?;
             replies.push(Ok(connection.recv_response()?));
         }
