@@ -74,6 +74,8 @@ impl Inserted {
     }
 }
 
+/// Entries that came into a trace, one by one, since its entries were last counted: more in one trace of seventy.
+const UNCOUNTED_MAX: u64 = 32;
 /// The counter of messages that Kafka had deleted before they were read.
 const MISSING: &str = "offset_out_of_range";
 
@@ -386,7 +388,7 @@ impl Store {
                     .buffer
                     .max_segment_age
                     .map_or(timeout, |age| timeout.min(age));
-                journals[place].add(subsegment, part.now.after(timeout), self.codec);
+                journals[place].add(subsegment, timeout, self.codec);
             }
         }
         journals
@@ -437,11 +439,10 @@ impl Store {
         let limits = [self.buffer.max_segment_bytes, self.buffer.max_trace_bytes];
         let mut early: BTreeMap<Bucket, Vec<(Member, UnixMillis)>> = BTreeMap::new();
         for journal in journals {
-            let long = passes(
-                journal.entries,
-                journal.added(),
-                self.buffer.max_trace_entries,
-            );
+            let long = journal.entries.is_some_and(|entries| {
+                let uncounted = journal.added().max(UNCOUNTED_MAX);
+                passes(entries, uncounted, self.buffer.max_trace_entries)
+            });
             let large = journal.memory.is_some_and(|memory| {
                 limits
                     .iter()

@@ -24,6 +24,9 @@ use super::group::Subsegment;
 /// From how many bytes of a trace in one batch on its size in Redis is asked.
 const MEMORY_ASKED_FROM: u64 = 64 << 10;
 
+/// The entries of a trace that gets one entry are counted at one insert in so many: to count costs a tenth of an insert.
+const COUNTED_ONE_IN: u64 = 8;
+
 /// One journal's part of a batch.
 #[derive(Debug)]
 pub struct JournalWrite {
@@ -39,13 +42,15 @@ pub struct JournalWrite {
     pub score: UnixMillis,
     /// Spans in `fields`.
     pub spans: u64,
-    /// Entries in the journal after the write.
-    pub entries: u64,
+    /// Entries in the journal after the write, where they were asked for.
+    pub entries: Option<u64>,
     /// Bytes of the journal in Redis after the write, where they were asked for.
     pub memory: Option<u64>,
     /// Bytes of `fields`.
     pub bytes: u64,
     fields: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Whether its entries are to be counted.
+    is_counted: bool,
     raw_bytes: u64,
     done: bool,
 }
@@ -61,23 +66,25 @@ impl JournalWrite {
             next,
             score: UnixMillis::MAX,
             spans: 0,
-            entries: 0,
+            entries: None,
             memory: None,
             bytes: 0,
             fields: Vec::new(),
+            is_counted: false,
             raw_bytes: 0,
             done: false,
         }
     }
 
-    /// Adds one subsegment as an entry whose earliest deadline is `score`.
-    pub fn add(&mut self, subsegment: &Subsegment<'_>, score: UnixMillis, codec: Codec) {
+    /// Adds one subsegment as an entry; the earliest deadline of its segment is `timeout` behind its arrival.
+    pub fn add(&mut self, subsegment: &Subsegment<'_>, timeout: Duration, codec: Codec) {
         let spans = &subsegment.spans;
         let latest = spans.iter().map(|arrived| arrived.time).max();
+        let arrival = latest.map_or(self.now, |latest| latest.max(self.now));
         let header = EntryHeader {
             has_root: subsegment.has_root,
             organization: subsegment.organization,
-            arrival: latest.map_or(self.now, |latest| latest.max(self.now)),
+            arrival,
             top: subsegment.top.clone(),
             spans: spans
                 .iter()
@@ -93,10 +100,13 @@ impl JournalWrite {
             .map(|arrived| (arrived.span.json, &arrived.span.splice))
             .collect();
         let (field, chunk) = (header.encode(), chunk::encode(codec, &payloads));
-        self.score = self.score.min(score);
+        self.score = self.score.min(arrival.after(timeout));
         self.spans += count(spans.len());
         self.bytes += count(field.len() + chunk.len());
         self.raw_bytes += subsegment.bytes;
+        let is_chosen = |offset: u64| offset.is_multiple_of(COUNTED_ONE_IN);
+        self.is_counted =
+            !self.fields.is_empty() || spans.first().is_some_and(|first| is_chosen(first.offset));
         self.fields.push((field, chunk));
     }
 
@@ -181,10 +191,12 @@ impl<'j> Trip<'j> {
                 Place::Expire(index),
                 Command::expire_journal(journal.bucket, &journal.member, ttl),
             ));
-            left.push((
-                Place::Entries(index),
-                Command::entries(journal.bucket, &journal.member),
-            ));
+            if journal.is_counted {
+                left.push((
+                    Place::Entries(index),
+                    Command::entries(journal.bucket, &journal.member),
+                ));
+            }
             if journal.raw_bytes > MEMORY_ASKED_FROM {
                 left.push((
                     Place::Memory(index),
@@ -262,7 +274,7 @@ impl<'j> Trip<'j> {
     fn good(&mut self, place: Place, value: Value) {
         match place {
             Place::Head(index) => self.heads[index].1 = Some(value),
-            Place::Entries(index) => self.journals[index].entries = reply::count(&value),
+            Place::Entries(index) => self.journals[index].entries = Some(reply::count(&value)),
             Place::Memory(index) => self.journals[index].memory = Some(reply::count(&value)),
             Place::Write(_) | Place::Expire(_) => {}
             // Commands are answered in order: whether all writes of this bucket were good is known by now.
@@ -295,13 +307,15 @@ fn count(length: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use shared::{
-        ids::{ProjectId, TraceId},
+        ids::{OrganizationId, ProjectId, SpanId, TraceId},
         shard::ShardId,
     };
     use store::{client::Refusal, keys::Buckets};
 
     use super::*;
+    use crate::ingest::{group::Arrived, parse::parse};
 
+    const SPAN: &[u8] = br#"{"organization_id":1,"project_id":1,"trace_id":"t","span_id":"1","start_timestamp":1,"end_timestamp":2,"retention_days":90,"received":2,"name":"n","status":"ok","is_remote":false}"#;
     const TTL: Duration = Duration::from_secs(60);
 
     fn buckets() -> Vec<Bucket> {
@@ -341,12 +355,58 @@ mod tests {
         })
     }
 
+    /// One span, as a subsegment.
+    fn subsegment(offset: u64, time: u64) -> Subsegment<'static> {
+        Subsegment {
+            project: ProjectId(1),
+            trace: TraceId::new(b"t"),
+            organization: OrganizationId(1),
+            top: SpanId::Hex(1),
+            has_root: false,
+            bytes: 0,
+            spans: vec![Arrived {
+                offset,
+                time: UnixMillis(time),
+                span: parse(SPAN).unwrap(),
+            }],
+        }
+    }
+
+    #[test]
+    fn a_trace_is_looked_at_when_the_first_of_its_new_entries_may_be_due() {
+        let mut journal = journals().remove(0);
+        let mut score = |time, timeout| {
+            let timeout = Duration::from_millis(timeout);
+            journal.add(&subsegment(1, time), timeout, Codec::None);
+            journal.score.0
+        };
+        assert_eq!(score(500, 60), 560);
+        assert_eq!(score(520, 60), 560);
+        assert_eq!(score(520, 10), 530);
+        // No arrival is below the batch's `now`.
+        assert_eq!(score(0, 10), 11);
+    }
+
+    #[test]
+    fn entries_are_counted_where_one_insert_adds_several_and_now_and_then_where_it_adds_one() {
+        let is_counted = |offsets: &[u64]| {
+            let mut journals = journals();
+            for &offset in offsets {
+                journals[0].add(&subsegment(offset, 1), TTL, Codec::None);
+            }
+            left(&Trip::new(buckets(), &mut journals)).1.contains("n0")
+        };
+        assert!(is_counted(&[1, 2]) && is_counted(&[2, 3, 9]));
+        let alone = (0..800).filter(|&offset| is_counted(&[offset])).count();
+        assert_eq!(alone, 100);
+    }
+
     #[test]
     fn a_queue_is_written_again_after_a_write_that_was_refused() {
         let mut journals = journals();
         let mut trip = Trip::new(buckets(), &mut journals);
         let (places, letters) = left(&trip);
-        assert_eq!(letters, "h0 h1 w0 e0 n0 w1 e1 n1 q0 q1");
+        assert_eq!(letters, "h0 h1 w0 e0 w1 e1 q0 q1");
         let replies = |bad: &[usize], all: usize| -> Vec<Reply> {
             (0..all)
                 .map(|place| match bad.contains(&place) {
@@ -356,10 +416,10 @@ mod tests {
                 .collect()
         };
         // The second journal's write is refused, and its queue is written all the same.
-        assert!(trip.take(&places, replies(&[5], 10)).is_some());
+        assert!(trip.take(&places, replies(&[4], 8)).is_some());
         let (places, letters) = left(&trip);
-        assert_eq!(letters, "w1 e1 n1 q1");
-        assert!(trip.take(&places, replies(&[], 4)).is_none());
+        assert_eq!(letters, "w1 e1 q1");
+        assert!(trip.take(&places, replies(&[], 3)).is_none());
         assert_eq!(left(&trip).1, "");
     }
 
@@ -371,6 +431,6 @@ mod tests {
         let good = places.iter().map(|_| Ok(Value::Int(1))).collect();
         assert!(trip.take(&places, good).is_none());
         trip.begin_again(&[buckets()[1]].into());
-        assert_eq!(left(&trip).1, "h1 w1 e1 n1 q1");
+        assert_eq!(left(&trip).1, "h1 w1 e1 q1");
     }
 }
