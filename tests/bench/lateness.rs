@@ -40,7 +40,10 @@ const SAMPLE: u64 = 10;
 /// When a segment is looked at: well behind its insert, well before its deadline.
 const LOOK_AFTER: Duration = Duration::from_secs(1);
 /// A mock answers an empty fetch after the time that it may wait and not before, whatever came meanwhile; a real broker at once.
-const MOCK_ALONE: &str = "kafka.consumer = { \"fetch.wait.max.ms\" = \"20\" }\n";
+const MOCK_ALONE: &str = "kafka.consumer = { \"fetch.wait.max.ms\" = \"10\" }\n";
+/// Segments that are sent again and again, each time as another trace: to render a span costs more than to insert it. They do not fit
+/// into the window of a compressor together.
+const PATTERNS: u64 = 1_000;
 
 /// Those that are due while spans come, and those that are due afterwards.
 pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
@@ -63,8 +66,7 @@ pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
     let mut traffic = Traffic {
         producer: Producer::new(&kafka.brokers()).unwrap(),
         redis: redis.connection().unwrap(),
-        rng: Rng::new(5),
-        serial: 0,
+        patterns: patterns(),
         count: 0,
         asked: VecDeque::new(),
         deadlines: HashMap::new(),
@@ -162,12 +164,39 @@ fn read(brokers: &str, stopped: &Receiver<()>) -> HashMap<String, UnixMillis> {
     came
 }
 
+/// A message, and where in it the trace stands.
+struct Pattern {
+    payload: Vec<u8>,
+    place: usize,
+}
+
+impl Pattern {
+    fn of(&mut self, trace: &str) -> &[u8] {
+        self.payload[self.place..self.place + trace.len()].copy_from_slice(trace.as_bytes());
+        &self.payload
+    }
+}
+
+/// The messages of each segment.
+fn patterns() -> Vec<Vec<Pattern>> {
+    let (mut rng, mut serial, now) = (Rng::new(5), 0, Clock::wall_now());
+    let pattern = |payload: Vec<u8>| Pattern {
+        place: trace_place(&payload),
+        payload,
+    };
+    (0..PATTERNS)
+        .map(|_| {
+            let (_, messages) = segment(&mut rng, &mut serial, now);
+            messages.into_iter().map(pattern).collect()
+        })
+        .collect()
+}
+
 /// What is sent, and the deadlines of some of it.
 struct Traffic {
     producer: Producer,
     redis: Connection,
-    rng: Rng,
-    serial: u64,
+    patterns: Vec<Vec<Pattern>>,
     count: u64,
     /// Sent when, to which shard, in which trace.
     asked: VecDeque<(UnixMillis, u64, String)>,
@@ -181,12 +210,13 @@ impl Traffic {
         while self.count < wanted {
             let now = Clock::wall_now();
             let shard = self.count % u64::from(SHARDS);
-            let (trace, messages) = segment(&mut self.rng, &mut self.serial, now);
-            for payload in &messages {
+            let trace = format!("{:032x}", self.count);
+            let pattern = self.count % PATTERNS;
+            for pattern in &mut self.patterns[usize::try_from(pattern).unwrap()] {
                 let record = Record {
                     partition: i32::try_from(shard).unwrap(),
                     time: Some(now),
-                    payload: Some(payload),
+                    payload: Some(pattern.of(&trace)),
                     ..Record::default()
                 };
                 self.producer.send(INPUT, &record).unwrap();
@@ -283,8 +313,13 @@ impl Spread {
 
 /// The trace of the first span of a message.
 fn trace_of(payload: &[u8]) -> String {
+    let place = trace_place(payload);
+    String::from_utf8_lossy(payload.get(place..place + 32).unwrap_or_default()).into_owned()
+}
+
+/// Where the trace of the first span of a message stands.
+fn trace_place(payload: &[u8]) -> usize {
     const KEY: &[u8] = b"\"trace_id\":\"";
     let place = payload.windows(KEY.len()).position(|window| window == KEY);
-    let start = place.map_or(0, |place| place + KEY.len());
-    String::from_utf8_lossy(payload.get(start..start + 32).unwrap_or_default()).into_owned()
+    place.map_or(0, |place| place + KEY.len())
 }
