@@ -293,6 +293,9 @@ fn missing_topics_and_partitions_are_refused_and_a_low_limit_is_obeyed() {
     world.settle_exact();
 }
 
+/// Spans that no message of a topic of small ones can hold.
+const LARGE: u64 = 20;
+
 #[test]
 fn a_topic_of_small_messages_gets_segments_in_parts_and_large_spans_as_dead_letters() {
     let kafka = RealKafka::start(SHARDS).unwrap();
@@ -315,24 +318,32 @@ fn a_topic_of_small_messages_gets_segments_in_parts_and_large_spans_as_dead_lett
         })
         .collect();
     world.send(&many);
-    // Alone over the limit: it goes to the dead letters of the output, counted.
-    let large = crate::world::span(&"f".repeat(32), "1", None, 500, 120_000);
-    world.send_raw(1, now, Some(&incompressible(large)));
+    // Alone over the limit: they go to the dead letters of the output, counted, and take none of those along that are due with them.
+    for index in 0..LARGE {
+        let small = (0..10).map(|other| {
+            let serial = 1_000 + index * 10 + other;
+            let trace = format!("{serial:032x}");
+            crate::world::message(1, now, crate::world::span(&trace, "1", None, serial, 500))
+        });
+        world.send(&small.collect::<Vec<_>>());
+        let large = crate::world::span(&format!("f{index:031x}"), "1", None, 500, 120_000);
+        world.send_raw(1, now, Some(&incompressible(large)));
+    }
     world.await_all();
     let mut reader =
         stand::topics::Reader::new(&world.kafka.brokers(), stand::kafka::OUTPUT_DLQ).unwrap();
     reader
-        .read_until(LONG, "the large span", |letters| !letters.is_empty())
+        .read_until(LONG, "the large spans", |letters| {
+            letters.len() >= usize::try_from(LARGE).unwrap()
+        })
         .unwrap();
+    reader.read_to_end(LONG).unwrap();
     let letters = reader.take();
-    assert_eq!(
-        (
-            letters.len(),
-            letters[0].header("dropped"),
-            letters[0].header("source_topic")
-        ),
-        (1, Some(&b"too_large"[..]), Some(&b"small"[..]))
-    );
+    assert_eq!(u64::try_from(letters.len()).unwrap(), LARGE);
+    assert!(letters.iter().all(|letter| {
+        letter.header("dropped") == Some(&b"too_large"[..])
+            && letter.header("source_topic") == Some(&b"small"[..])
+    }));
     assert!(
         world.output.len() > 2
             && world
@@ -341,7 +352,7 @@ fn a_topic_of_small_messages_gets_segments_in_parts_and_large_spans_as_dead_lett
                 .all(|message| message.payload.as_ref().unwrap().len() <= 50_000)
     );
     world.settle_exact();
-    assert_eq!(world.redis.sum(1, "dropped:too_large"), 1);
+    assert_eq!(world.redis.sum(1, "dropped:too_large"), LARGE);
 }
 
 /// The broker's limit is that of the compressed batch: the padding becomes hex noise.

@@ -43,7 +43,7 @@ const LOOK_AFTER: Duration = Duration::from_secs(1);
 const MOCK_ALONE: &str = "kafka.consumer = { \"fetch.wait.max.ms\" = \"10\" }\n";
 /// Segments that are sent again and again, each time as another trace: to render a span costs more than to insert it. They do not fit
 /// into the window of a compressor together.
-const PATTERNS: u64 = 1_000;
+const PATTERN_SEGMENTS: u64 = 1_000;
 
 /// Those that are due while spans come, and those that are due afterwards.
 pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
@@ -184,7 +184,7 @@ fn patterns() -> Vec<Vec<Pattern>> {
         place: trace_place(&payload),
         payload,
     };
-    (0..PATTERNS)
+    (0..PATTERN_SEGMENTS)
         .map(|_| {
             let (_, messages) = segment(&mut rng, &mut serial, now);
             messages.into_iter().map(pattern).collect()
@@ -211,8 +211,8 @@ impl Traffic {
             let now = Clock::wall_now();
             let shard = self.count % u64::from(SHARDS);
             let trace = format!("{:032x}", self.count);
-            let pattern = self.count % PATTERNS;
-            for pattern in &mut self.patterns[usize::try_from(pattern).unwrap()] {
+            let place = usize::try_from(self.count % PATTERN_SEGMENTS).unwrap();
+            for pattern in &mut self.patterns[place] {
                 let record = Record {
                     partition: i32::try_from(shard).unwrap(),
                     time: Some(now),
@@ -321,5 +321,5 @@ fn trace_of(payload: &[u8]) -> String {
 fn trace_place(payload: &[u8]) -> usize {
     const KEY: &[u8] = b"\"trace_id\":\"";
     let place = payload.windows(KEY.len()).position(|window| window == KEY);
-    place.map_or(0, |place| place + KEY.len())
+    place.unwrap() + KEY.len()
 }

@@ -30,7 +30,7 @@ pub(crate) fn consumer(brokers: &str, group: &str) -> ClientConfig {
         .set("enable.auto.commit", "false")
         .set("enable.auto.offset.store", "false")
         // A mock answers an empty fetch after this time and not before, whatever came meanwhile.
-        .set("fetch.wait.max.ms", "20")
+        .set("fetch.wait.max.ms", "10")
         .set("allow.auto.create.topics", "false");
     client
 }

@@ -308,7 +308,6 @@ impl Reader {
         // A group is named because librdkafka wants one; nothing is committed, no group is joined.
         let consumer: BaseConsumer = consumer(brokers, "stand-reader")
             .set("fetch.message.max.bytes", "33554432")
-            .set("fetch.wait.max.ms", "10")
             .set("auto.offset.reset", "earliest")
             .create()?;
         let partitions = partitions(&consumer, topic)?;

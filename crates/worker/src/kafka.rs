@@ -32,19 +32,21 @@ use crate::beat::Beat;
 /// The longest wait for one answer of a broker.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What librdkafka waits for in a consumer where its own defaults are too long, in milliseconds; `kafka.properties` and
-/// `kafka.consumer` may say otherwise.
-const CONSUMER_WAITS: [(&str, &str); 2] = [
+/// What a consumer waits for where librdkafka's own defaults are too long, in milliseconds: a property, another name of it, and our
+/// value. `kafka.properties` and `kafka.consumer` may say otherwise.
+const CONSUMER_WAITS: &[(&str, &str, &str)] = &[
     // How long a broker holds a fetch back that finds no message. It answers one request of a connection after the other: a question
     // for the ends waits behind that fetch, and the clocks of a partition that is read to its end stand meanwhile. Else 500.
-    ("fetch.wait.max.ms", "50"),
-    // How soon a full prefetch is looked at again. A worker empties one in a third of a second, and would wait for the rest of 1000.
-    ("fetch.queue.backoff.ms", "10"),
+    ("fetch.wait.max.ms", "", "50"),
+    // How soon a full prefetch is looked at again. A worker empties one in a third of a second; librdkafka's 1000 would leave it
+    // without messages for the rest.
+    ("fetch.queue.backoff.ms", "", "10"),
 ];
-
-/// How long a producer keeps a message to send others with it, in milliseconds. What is sent together comes at once here, and is waited
-/// for; librdkafka's own 5 would be waited for as well.
-const LINGER_MS: &str = "1";
+/// The same for producers.
+const PRODUCER_WAITS: &[(&str, &str, &str)] = &[
+    // How long a message is kept to send others with it. What is sent together comes at once here, and is waited for. Else 5.
+    ("linger.ms", "queue.buffering.max.ms", "1"),
+];
 
 /// How often a pending answer is looked for.
 const POLL: Duration = Duration::from_millis(20);
@@ -94,12 +96,8 @@ pub fn consumer(kafka: &config::Kafka, prefetch_bytes: u64) -> ClientConfig {
         .set("auto.offset.reset", "error")
         .set("enable.partition.eof", "true")
         .set("queued.max.messages.kbytes", prefetch_kib.to_string());
-    for (name, value) in CONSUMER_WAITS {
-        if client.get(name).is_none() {
-            client.set(name, value);
-        }
-    }
     set_all(&mut client, &kafka.consumer);
+    set_unsaid(&mut client, CONSUMER_WAITS);
     client
 }
 
@@ -112,10 +110,8 @@ pub fn producer(kafka: &config::Kafka, delivery_timeout: Duration) -> ClientConf
         .set("enable.idempotence", "true")
         .set("message.timeout.ms", millis(delivery_timeout).to_string())
         .set("message.max.bytes", CLIENT_MESSAGE_BYTES.to_string());
-    if client.get("linger.ms").is_none() {
-        client.set("linger.ms", LINGER_MS);
-    }
     set_all(&mut client, &kafka.producer);
+    set_unsaid(&mut client, PRODUCER_WAITS);
     client
 }
 
@@ -256,11 +252,55 @@ fn client(kafka: &config::Kafka, purpose: &str) -> ClientConfig {
     client
 }
 
+/// Sets what nobody has said, by neither name.
+fn set_unsaid(client: &mut ClientConfig, waits: &[(&str, &str, &str)]) {
+    for &(name, other, value) in waits {
+        if client.get(name).or_else(|| client.get(other)).is_none() {
+            client.set(name, value);
+        }
+    }
+}
+
 fn set_all<'p>(
     client: &mut ClientConfig,
     properties: impl IntoIterator<Item = (&'p String, &'p String)>,
 ) {
     for (name, value) in properties {
         client.set(name, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use shared::config::{Config, Flags};
+
+    use super::*;
+
+    #[test]
+    fn our_waits_stand_where_nobody_said_another_by_any_name() {
+        let variables = [("SPANBUF_SUPERVISION__SHARDS".into(), "0".into())];
+        let config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
+        let mut kafka = config.kafka;
+        let told = |kafka: &config::Kafka| {
+            let (consumer, producer) = (consumer(kafka, 1), producer(kafka, Duration::ZERO));
+            let names = ["fetch.wait.max.ms", "fetch.queue.backoff.ms"];
+            let mut told: Vec<Option<String>> = names
+                .iter()
+                .map(|name| consumer.get(name).map(str::to_owned))
+                .collect();
+            told.push(producer.get("linger.ms").map(str::to_owned));
+            told
+        };
+        let some = |value: &str| Some(value.to_owned());
+        assert_eq!(told(&kafka), [some("50"), some("10"), some("1")]);
+        let say = |map: &mut BTreeMap<String, String>, name: &str| {
+            map.insert(name.into(), "7".into());
+        };
+        say(&mut kafka.properties, "fetch.wait.max.ms");
+        say(&mut kafka.consumer, "fetch.queue.backoff.ms");
+        say(&mut kafka.producer, "queue.buffering.max.ms");
+        assert_eq!(told(&kafka), [some("7"), some("7"), None]);
     }
 }

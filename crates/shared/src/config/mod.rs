@@ -162,7 +162,7 @@ pub struct Intake {
     pub batch_spans: usize,
     /// Bytes of a batch.
     pub batch_bytes: u64,
-    /// How long a batch is collected.
+    /// How soon a batch that is not full follows the one before.
     pub batch_time: Duration,
     /// How long a flusher may be down before its shards take no more input.
     pub backpressure_seconds: Duration,

@@ -252,7 +252,7 @@ impl Client {
 
     /// Sends commands and reads a reply to each; the nodes work side by side.
     ///
-    /// Shape: one reply for each command, in the order given; after a lost connection all that follow to its node are lost.
+    /// Shape: one reply for each command, in the order given; after a lost connection all of its node are lost that were not answered.
     /// Units: one time-out for each connection, write and reply; ten in all, and one more wait.
     pub fn run(&mut self, commands: &[Command]) -> Vec<Reply> {
         let until = Clock::mono_now().after(self.timeout.saturating_mul(RUN_TIMEOUTS));

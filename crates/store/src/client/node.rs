@@ -82,7 +82,7 @@ impl Node {
         self.losses += 1;
     }
 
-    /// Sends commands in slices; once the connection is lost, everything behind it is lost as well.
+    /// Sends commands in slices; once the connection is lost, so is every reply that was not read, to a command that was carried out too.
     pub(super) fn send<'c>(
         &mut self,
         commands: impl ExactSizeIterator<Item = &'c Command>,

@@ -1,7 +1,7 @@
 //! Several lanes, each on a thread of its own: what one waits for, Redis or Kafka, holds up none of the others.
 //!
 //! In:     due traces, a part at a time, each trace in one lane at most.
-//! Out:    messages, acknowledged; then journals without them; the word that a part is done with.
+//! Out:    messages, acknowledged; then journals without them; the word that a part is done with, and when what it left is due.
 //! Keeps:  a lane has one part and there is no queue of them: what nobody took is as due as it was; a stop ends what runs and
 //!         starts nothing; a panic of a lane ends the process.
 //! Knows:  the order of look, load, produce and clear. Not how due traces are found.
@@ -103,16 +103,11 @@ type LaneEnd<D> = (Output<D>, Result<(), Ended>);
 /// A part that nothing is done for any more.
 struct Done {
     traces: Vec<Due>,
-    /// Those of them whose journals were read.
-    read: Vec<Due>,
-    /// Those of them whose look failed.
-    failed: Vec<Due>,
+    heard: Heard,
     /// Something that is due was left.
     left: bool,
     /// Kafka did not take all of it.
     left_open: bool,
-    /// When what stays in them is looked at.
-    next: Vec<(Bucket, UnixMillis)>,
 }
 
 /// What was heard of the lanes.
@@ -213,11 +208,7 @@ impl<D: Deliver + Send + 'static> Lanes<D> {
             }
             self.left |= done.left;
             self.is_proven = true;
-            heard.extend(Heard {
-                read: done.read,
-                failed: done.failed,
-                next: done.next,
-            });
+            heard.extend(done.heard);
         }
         self.check()?;
         Ok(heard)
@@ -323,6 +314,7 @@ impl<D: Deliver> Lane<D> {
         let (mut left_open, mut next) = (false, Vec::new());
         while !left_open && !choice.is_empty() && !self.beat.stopping() {
             let looks = choice.wave(&self.budget);
+            // One that is put off now has a cycle begin for nothing, once.
             next.extend(looks.iter().filter_map(next_look));
             for put_off in self.flush(looks)? {
                 choice.forget(&put_off);
@@ -339,11 +331,9 @@ impl<D: Deliver> Lane<D> {
         }
         Ok(Done {
             traces,
-            read,
-            failed,
+            heard: Heard { read, failed, next },
             left: unread || unfinished,
             left_open,
-            next,
         })
     }
 
@@ -386,7 +376,6 @@ mod tests {
         launch::{Launch, Role},
         shard::BucketId,
         signals::Stop,
-        time::UnixMillis,
     };
 
     use super::*;

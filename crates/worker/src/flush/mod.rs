@@ -66,12 +66,26 @@ pub(crate) struct Flush {
 /// What a cycle leaves for the next.
 struct CycleEnd {
     begun: MonoNanos,
+    /// When the next one may begin.
+    not_before: MonoNanos,
     /// Something that is due was left.
     left: bool,
     /// What is due, and with a lane still.
     held: Vec<Due>,
-    /// For each bucket, when its next trace is due.
-    next: Vec<(Bucket, UnixMillis)>,
+    next: Next,
+}
+
+/// When the next trace of each bucket is due that is not due yet.
+#[derive(Debug, Default)]
+struct Next(BTreeMap<Bucket, UnixMillis>);
+
+impl Next {
+    fn note(&mut self, moments: Vec<(Bucket, UnixMillis)>) {
+        for (bucket, at) in moments {
+            let soonest = self.0.entry(bucket).or_insert(at);
+            *soonest = at.min(*soonest);
+        }
+    }
 }
 
 /// Flushes until it is asked to stop.
@@ -102,7 +116,7 @@ impl Flush {
         let begun = Clock::mono_now();
         let ttl = self.config.redis.redis_ttl;
         let heard = self.lanes.hear()?;
-        // The queues know when their traces are due again.
+        // What they left is in the queues, which are read below.
         self.take(heard)?;
         let was_left = self.lanes.take_left();
 
@@ -113,16 +127,20 @@ impl Flush {
         let Queues {
             due,
             more,
-            mut next,
+            next: not_yet_due,
             depth,
             ..
         } = queues;
+        let mut next = Next::default();
+        next.note(not_yet_due);
+        let read = Clock::mono_now();
+        let not_before = read.after(read.since(begun));
         let (held, due): (Vec<Due>, Vec<Due>) =
             due.into_iter().partition(|due| self.lanes.hold(due));
         // Where the lanes have all that was read, there is nothing to do at once.
         let more_for_lanes = more && !due.is_empty();
         let heard = self.lanes.hand(due, &mut self.beat)?;
-        next.extend(self.take(heard)?);
+        next.note(self.take(heard)?);
 
         self.upkeep
             .turn(&mut self.client, &mut self.beat, ttl, &self.ledgers)?;
@@ -135,6 +153,7 @@ impl Flush {
         }
         Ok(CycleEnd {
             begun,
+            not_before,
             left: left | more_for_lanes,
             held,
             next,
@@ -155,7 +174,7 @@ impl Flush {
         loop {
             self.beat.go_on()?;
             let heard = self.lanes.hear()?;
-            end.next.extend(self.take(heard)?);
+            end.next.note(self.take(heard)?);
             let now = Clock::mono_now();
             if self.lanes.failed() {
                 self.beat.wait(SLEEP_MAX);
@@ -166,18 +185,16 @@ impl Flush {
             if left || now.since(end.begun) >= CYCLE_EVERY {
                 return Ok(());
             }
-            let clocks = self.clocks(now);
-            let until = |&(bucket, at): &(Bucket, UnixMillis)| {
-                clocks
-                    .iter()
-                    .find(|(known, _)| *known == bucket)
-                    .map(|&(_, clock)| at.since(clock))
+            let until = |(bucket, at): (&Bucket, &UnixMillis)| {
+                let clock = self.board.clock(bucket.shard)?;
+                Some(at.since(clock.read(now)))
             };
-            let soonest = end.next.iter().filter_map(until).min().unwrap_or(SLEEP_MAX);
-            if soonest.is_zero() {
+            let soonest = end.next.0.iter().filter_map(until).min();
+            let pause = soonest.unwrap_or(SLEEP_MAX).max(end.not_before.since(now));
+            if pause.is_zero() {
                 return Ok(());
             }
-            self.beat.wait(soonest.min(SLEEP_MAX));
+            self.beat.wait(pause.min(SLEEP_MAX));
         }
     }
 

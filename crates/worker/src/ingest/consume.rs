@@ -194,7 +194,7 @@ pub struct BatchLimits {
     pub spans: usize,
     /// Bytes of values.
     pub bytes: u64,
-    /// Until when the batch stays open once it has a record; what is there already is taken at once.
+    /// Until when the batch stays open once it has a record; where that is over, only what is there is taken.
     pub until: MonoNanos,
     /// How long to wait for the first record.
     pub idle: Duration,
@@ -431,20 +431,18 @@ impl Input {
         while batch.messages.len() < limits.spans && batch.bytes < limits.bytes {
             match self.consumer.poll(wait) {
                 Some(Ok(message)) => {
-                    // The clock is looked at when there is no more: to read it is a good part of what a poll costs.
+                    // The time is read when there is no more: that is a good part of what a poll costs.
                     (deadline, wait) = (limits.until, Duration::ZERO);
                     batch.bytes += u64::try_from(message.payload_len()).unwrap_or(u64::MAX);
                     let shard = u32::try_from(message.partition()).map(ShardId);
                     batch.ends.retain(|end| shard != Ok(*end));
                     batch.messages.push(message);
                     batch.outage = batch.outage.filter(|error| !is_transport(error));
-                    continue;
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
                     batch.ends.extend(u32::try_from(partition).map(ShardId));
                     batch.outage = batch.outage.filter(|error| !is_transport(error));
-                    wait = deadline.since(Clock::mono_now());
-                    continue;
+                    wait = Duration::ZERO;
                 }
                 Some(Err(error)) => match error.rdkafka_error_code() {
                     Some(
@@ -453,13 +451,17 @@ impl Input {
                         batch.lost_place = true;
                         break;
                     }
-                    _ => batch.outage = Some(error),
+                    _ => {
+                        batch.outage = Some(error);
+                        wait = Duration::ZERO;
+                    }
                 },
-                None => {}
-            }
-            wait = deadline.since(Clock::mono_now());
-            if wait.is_zero() {
-                break;
+                None => {
+                    wait = deadline.since(Clock::mono_now());
+                    if wait.is_zero() {
+                        break;
+                    }
+                }
             }
         }
         batch
@@ -499,7 +501,7 @@ impl Input {
     /// Asks the broker for the ends of all partitions that are not paused, when it is time to; says whether it answered now.
     ///
     /// # Errors
-    /// [`ConsumeError::Ask`]: nobody's end is known then, and the clocks stand.
+    /// [`ConsumeError::Ask`]: nobody's end is known then, and the clocks run no further.
     pub fn ask_ends(&mut self) -> Result<bool, ConsumeError> {
         let now = Clock::mono_now();
         let since = self.ends_asked.map(|asked| now.since(asked));

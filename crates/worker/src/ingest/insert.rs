@@ -30,7 +30,8 @@ use super::{
     batch::Positions,
     dlq::Settled,
     group::Subsegment,
-    trip::{JournalWrite, Trip},
+    journal::{JournalWrite, UNCOUNTED_MAX},
+    trip::Trip,
 };
 use crate::{
     Ended,
@@ -74,8 +75,6 @@ impl Inserted {
     }
 }
 
-/// Entries that came into a trace, one by one, since its entries were last counted: more in one trace of seventy.
-const UNCOUNTED_MAX: u64 = 32;
 /// The counter of messages that Kafka had deleted before they were read.
 const MISSING: &str = "offset_out_of_range";
 
@@ -433,7 +432,7 @@ impl Store {
             .collect()
     }
 
-    /// A trace that passed a multiple of a limit is looked at now, not at its deadline (docs/spec.md 4.5).
+    /// A trace that was seen to pass a multiple of a limit is looked at now, not at its deadline (docs/spec.md 4.5).
     /// Gives a lost connection: the seats of its buckets have changed.
     fn ask_early_looks(&mut self, journals: &[JournalWrite]) -> Option<CommandError> {
         let limits = [self.buffer.max_segment_bytes, self.buffer.max_trace_bytes];

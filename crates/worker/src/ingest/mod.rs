@@ -45,6 +45,7 @@ pub mod floor;
 pub mod group;
 pub mod insert;
 pub mod intake;
+pub mod journal;
 pub mod parse;
 mod reading;
 pub mod start;
@@ -73,7 +74,7 @@ pub(crate) struct Ingest {
     intake: Intake,
     shards: BTreeMap<ShardId, Shard>,
     /// When the batch before was taken: the next one stays open until `intake.batch_time` after it.
-    taken: MonoNanos,
+    collected: MonoNanos,
     watched: MonoNanos,
     renewed: MonoNanos,
     floored: MonoNanos,
@@ -90,6 +91,16 @@ struct Shard {
 }
 
 impl Shard {
+    /// Makes the clock stand, for readers first: what they got to until then is where it stands.
+    fn stop_clock(&mut self) {
+        let mut running = self.clock.clone();
+        let shown = self.clock.freeze(Clock::mono_now());
+        self.publish(shown);
+        let shown = running.freeze(Clock::mono_now());
+        self.publish(shown);
+        self.clock = running;
+    }
+
     fn publish(&self, shown: Option<Shown>) {
         if let Some(Shown { clock, at, until }) = shown {
             self.published.publish(clock, at, until);
@@ -128,10 +139,10 @@ impl Ingest {
         self.steer_intake()?;
         self.beat.phase(Phase::Idle);
         let collected = self.input.collect(&self.limits());
-        self.taken = Clock::mono_now();
         let written = if collected.is_empty() {
             None
         } else {
+            self.collected = Clock::mono_now();
             Some(write(
                 &collected,
                 &self.config,
@@ -305,7 +316,7 @@ impl Ingest {
                     self.input.renew(self.input.silence(Clock::mono_now()));
                 }
                 Ok(false) => {}
-                // One late answer is none yet: the clocks stand, and it is asked again.
+                // One late answer is none yet: the clocks run no further, and it is asked again.
                 Err(error) if !std::mem::replace(&mut self.ends_failed, true) => {
                     debug!("read the ends of partitions: {}", chain(&error));
                 }
@@ -327,13 +338,13 @@ impl Ingest {
         BatchLimits {
             spans: intake.batch_spans,
             bytes: intake.batch_bytes,
-            until: self.taken.after(intake.batch_time),
+            until: self.collected.after(intake.batch_time),
             idle: IDLE,
         }
     }
 }
 
-/// Parses, groups and inserts one batch. The clocks of its shards do not pass it meanwhile.
+/// Parses, groups and inserts one batch. The clocks of its shards do not get past its `now` meanwhile.
 fn write(
     collected: &Collected<'_>,
     config: &Config,
@@ -358,13 +369,10 @@ fn write(
         let Some(shard) = shards.get_mut(&part.shard) else {
             continue;
         };
-        let mono = Clock::mono_now();
         if !shard.clock.stops_before(&part.times) {
-            // Readers' clocks stop where ours does: both at this moment.
-            let frozen = shard.clock.freeze(mono);
-            shard.publish(frozen);
+            shard.stop_clock();
         }
-        let now = shard.clock.batch(&part.times, mono);
+        let now = shard.clock.batch(&part.times, Clock::mono_now());
         let latest = part.times.iter().copied().max().unwrap_or(now);
         counts.push((part.shard, part.counts(), latest));
         writings.push(Writing {

@@ -12,7 +12,8 @@ use shared::time::MonoNanos;
 
 /// How often the broker is asked for the ends of the partitions; an answer speaks for 2 s (docs/spec.md 2.6).
 const ENDS_EVERY: Duration = Duration::from_millis(750);
-/// How soon it may be asked again when a shard came to its end and the broker has not said so yet: till then its clock stands.
+/// How soon it may be asked again when a shard came to its end and the broker has not said so yet: till then its clock gets no further than the latest
+/// time read.
 const ENDS_SOON: Duration = Duration::from_millis(100);
 /// How long it is not asked again after it failed.
 const ENDS_PAUSE: Duration = Duration::from_millis(1_500);

@@ -13,109 +13,11 @@ use std::{
 
 use shared::time::UnixMillis;
 use store::{
-    chunk::{self, Codec},
     client::{Command, CommandError, Reply, Value, reply},
-    entry::{EntryHeader, SpanAt},
     keys::{Bucket, Member},
 };
 
-use super::group::Subsegment;
-
-/// From how many bytes of a trace in one batch on its size in Redis is asked.
-const MEMORY_ASKED_FROM: u64 = 64 << 10;
-
-/// The entries of a trace that gets one entry are counted at one insert in so many: to count costs a tenth of an insert.
-const COUNTED_ONE_IN: u64 = 8;
-
-/// One journal's part of a batch.
-#[derive(Debug)]
-pub struct JournalWrite {
-    /// Its bucket.
-    pub bucket: Bucket,
-    /// Its place in the queue.
-    pub member: Member,
-    /// The shard's `now` of the batch.
-    pub now: UnixMillis,
-    /// The offset behind the shard's part of the batch: above all of its new entries.
-    pub next: u64,
-    /// The earliest deadline that its new entries can have.
-    pub score: UnixMillis,
-    /// Spans in `fields`.
-    pub spans: u64,
-    /// Entries in the journal after the write, where they were asked for.
-    pub entries: Option<u64>,
-    /// Bytes of the journal in Redis after the write, where they were asked for.
-    pub memory: Option<u64>,
-    /// Bytes of `fields`.
-    pub bytes: u64,
-    fields: Vec<(Vec<u8>, Vec<u8>)>,
-    /// Whether its entries are to be counted.
-    is_counted: bool,
-    raw_bytes: u64,
-    done: bool,
-}
-
-impl JournalWrite {
-    /// A journal that gets nothing yet.
-    #[must_use]
-    pub fn new(bucket: Bucket, member: Member, now: UnixMillis, next: u64) -> Self {
-        Self {
-            bucket,
-            member,
-            now,
-            next,
-            score: UnixMillis::MAX,
-            spans: 0,
-            entries: None,
-            memory: None,
-            bytes: 0,
-            fields: Vec::new(),
-            is_counted: false,
-            raw_bytes: 0,
-            done: false,
-        }
-    }
-
-    /// Adds one subsegment as an entry; the earliest deadline of its segment is `timeout` behind its arrival.
-    pub fn add(&mut self, subsegment: &Subsegment<'_>, timeout: Duration, codec: Codec) {
-        let spans = &subsegment.spans;
-        let latest = spans.iter().map(|arrived| arrived.time).max();
-        let arrival = latest.map_or(self.now, |latest| latest.max(self.now));
-        let header = EntryHeader {
-            has_root: subsegment.has_root,
-            organization: subsegment.organization,
-            arrival,
-            top: subsegment.top.clone(),
-            spans: spans
-                .iter()
-                .map(|arrived| SpanAt {
-                    offset: arrived.offset,
-                    id: arrived.span.id.clone(),
-                })
-                .collect(),
-            bytes: subsegment.bytes,
-        };
-        let payloads: Vec<_> = spans
-            .iter()
-            .map(|arrived| (arrived.span.json, &arrived.span.splice))
-            .collect();
-        let (field, chunk) = (header.encode(), chunk::encode(codec, &payloads));
-        self.score = self.score.min(arrival.after(timeout));
-        self.spans += count(spans.len());
-        self.bytes += count(field.len() + chunk.len());
-        self.raw_bytes += subsegment.bytes;
-        let is_chosen = |offset: u64| offset.is_multiple_of(COUNTED_ONE_IN);
-        self.is_counted =
-            !self.fields.is_empty() || spans.first().is_some_and(|first| is_chosen(first.offset));
-        self.fields.push((field, chunk));
-    }
-
-    /// Entries that this batch added.
-    #[must_use]
-    pub fn added(&self) -> u64 {
-        count(self.fields.len())
-    }
-}
+use super::journal::JournalWrite;
 
 /// The state of trip 1.
 #[derive(Debug)]
@@ -197,7 +99,7 @@ impl<'j> Trip<'j> {
                     Command::entries(journal.bucket, &journal.member),
                 ));
             }
-            if journal.raw_bytes > MEMORY_ASKED_FROM {
+            if journal.is_weighed() {
                 left.push((
                     Place::Memory(index),
                     Command::memory(journal.bucket, &journal.member),
@@ -300,22 +202,16 @@ impl<'j> Trip<'j> {
     }
 }
 
-fn count(length: usize) -> u64 {
-    u64::try_from(length).unwrap_or(u64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use shared::{
-        ids::{OrganizationId, ProjectId, SpanId, TraceId},
+        ids::{ProjectId, TraceId},
         shard::ShardId,
     };
     use store::{client::Refusal, keys::Buckets};
 
     use super::*;
-    use crate::ingest::{group::Arrived, parse::parse};
 
-    const SPAN: &[u8] = br#"{"organization_id":1,"project_id":1,"trace_id":"t","span_id":"1","start_timestamp":1,"end_timestamp":2,"retention_days":90,"received":2,"name":"n","status":"ok","is_remote":false}"#;
     const TTL: Duration = Duration::from_secs(60);
 
     fn buckets() -> Vec<Bucket> {
@@ -353,52 +249,6 @@ mod tests {
             kind: Refusal::Moved,
             message: String::new(),
         })
-    }
-
-    /// One span, as a subsegment.
-    fn subsegment(offset: u64, time: u64) -> Subsegment<'static> {
-        Subsegment {
-            project: ProjectId(1),
-            trace: TraceId::new(b"t"),
-            organization: OrganizationId(1),
-            top: SpanId::Hex(1),
-            has_root: false,
-            bytes: 0,
-            spans: vec![Arrived {
-                offset,
-                time: UnixMillis(time),
-                span: parse(SPAN).unwrap(),
-            }],
-        }
-    }
-
-    #[test]
-    fn a_trace_is_looked_at_when_the_first_of_its_new_entries_may_be_due() {
-        let mut journal = journals().remove(0);
-        let mut score = |time, timeout| {
-            let timeout = Duration::from_millis(timeout);
-            journal.add(&subsegment(1, time), timeout, Codec::None);
-            journal.score.0
-        };
-        assert_eq!(score(500, 60), 560);
-        assert_eq!(score(520, 60), 560);
-        assert_eq!(score(520, 10), 530);
-        // No arrival is below the batch's `now`.
-        assert_eq!(score(0, 10), 11);
-    }
-
-    #[test]
-    fn entries_are_counted_where_one_insert_adds_several_and_now_and_then_where_it_adds_one() {
-        let is_counted = |offsets: &[u64]| {
-            let mut journals = journals();
-            for &offset in offsets {
-                journals[0].add(&subsegment(offset, 1), TTL, Codec::None);
-            }
-            left(&Trip::new(buckets(), &mut journals)).1.contains("n0")
-        };
-        assert!(is_counted(&[1, 2]) && is_counted(&[2, 3, 9]));
-        let alone = (0..800).filter(|&offset| is_counted(&[offset])).count();
-        assert_eq!(alone, 100);
     }
 
     #[test]
