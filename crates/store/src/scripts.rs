@@ -267,7 +267,12 @@ impl ClearCall {
                 .arg(next_look)
                 .arg(trace.fields.len());
             for out in &trace.fields {
-                call.arg(&out.field[..])
+                call.arg(&out.field[..]);
+                if out.repeats == 0 && out.dropped.is_empty() {
+                    call.arg(out.produced);
+                    continue;
+                }
+                call.arg("+")
                     .arg(out.produced)
                     .arg(out.repeats)
                     .arg(out.dropped.len());
