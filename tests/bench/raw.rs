@@ -8,12 +8,12 @@ use shared::{ids::SpanId, shard::ShardId};
 use stand::redis::Redis;
 use store::{
     chunk::{self, Codec},
-    entry::{EntryHeader, SpanAt},
+    entry::EntryHeader,
     keys::Member,
 };
 use worker::{
     flush::message::{LoadedEntry, build},
-    ingest::group::Subsegment,
+    ingest::{group::Subsegment, journal::header},
 };
 
 use crate::{
@@ -46,21 +46,7 @@ impl Raw {
     }
 
     fn remember(&mut self, subsegment: &Subsegment<'_>, key: Vec<u8>) {
-        let header = EntryHeader {
-            has_root: subsegment.has_root,
-            organization: subsegment.organization,
-            arrival: ARRIVAL,
-            top: subsegment.top.clone(),
-            spans: subsegment
-                .spans
-                .iter()
-                .map(|arrived| SpanAt {
-                    offset: arrived.offset,
-                    id: arrived.span.id.clone(),
-                })
-                .collect(),
-            bytes: subsegment.bytes,
-        };
+        let header = header(subsegment, ARRIVAL);
         let member = Member::new(subsegment.project, &subsegment.trace);
         // A trace of the bench is one segment, and its spans come one behind the other.
         match self.segments.last_mut() {

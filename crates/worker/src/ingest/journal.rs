@@ -15,7 +15,7 @@ use store::{
     keys::{Bucket, Member},
 };
 
-use super::group::Subsegment;
+use super::group::{Arrived, Subsegment};
 
 /// From how many bytes of a trace in one batch on its size in Redis is asked.
 const MEMORY_ASKED_FROM: u64 = 64 << 10;
@@ -82,20 +82,7 @@ impl JournalWrite {
         let spans = &subsegment.spans;
         let latest = spans.iter().map(|arrived| arrived.time).max();
         let arrival = latest.map_or(self.now, |latest| latest.max(self.now));
-        let header = EntryHeader {
-            has_root: subsegment.has_root,
-            organization: subsegment.organization,
-            arrival,
-            top: subsegment.top.clone(),
-            spans: spans
-                .iter()
-                .map(|arrived| SpanAt {
-                    offset: arrived.offset,
-                    id: arrived.span.id.clone(),
-                })
-                .collect(),
-            bytes: subsegment.bytes,
-        };
+        let header = header(subsegment, arrival);
         let payloads: Vec<_> = spans
             .iter()
             .map(|arrived| (arrived.span.json, &arrived.span.splice))
@@ -123,6 +110,23 @@ impl JournalWrite {
     }
 }
 
+/// The header of a subsegment's entry.
+#[must_use]
+pub fn header(subsegment: &Subsegment<'_>, arrival: UnixMillis) -> EntryHeader {
+    let at = |arrived: &Arrived<'_>| SpanAt {
+        offset: arrived.offset,
+        id: arrived.span.id.clone(),
+    };
+    EntryHeader {
+        has_root: subsegment.has_root,
+        organization: subsegment.organization,
+        arrival,
+        top: subsegment.top.clone(),
+        spans: subsegment.spans.iter().map(at).collect(),
+        bytes: subsegment.bytes,
+    }
+}
+
 /// Whether the entries of a trace are counted that gets one entry, by its offset. Mixed: a trace whose spans come at every eighth
 /// offset would be chosen always or never.
 fn is_chosen(offset: u64) -> bool {
@@ -143,7 +147,7 @@ mod tests {
     use store::keys::Buckets;
 
     use super::*;
-    use crate::ingest::{group::Arrived, parse::parse};
+    use crate::ingest::parse::parse;
 
     const SPAN: &[u8] = br#"{"organization_id":1,"project_id":1,"trace_id":"t","span_id":"1","start_timestamp":1,"end_timestamp":2,"retention_days":90,"received":2,"name":"n","status":"ok","is_remote":false}"#;
 
