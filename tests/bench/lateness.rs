@@ -31,7 +31,7 @@ use store::entry::EntryHeader;
 
 use crate::{
     Results,
-    whole::{PATIENCE, SEGMENT, SHARDS, segment, settings},
+    whole::{CODEC, PATIENCE, SEGMENT, SHARDS, segment, settings},
 };
 
 const ROOT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -64,7 +64,7 @@ pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
     let board = await_clocks(&mut supervisor);
     let reading = Reading::start(kafka.brokers());
     let mut traffic = Traffic {
-        producer: Producer::new(&kafka.brokers()).unwrap(),
+        producer: Producer::packing(&kafka.brokers(), CODEC).unwrap(),
         redis: redis.connection().unwrap(),
         patterns: patterns(),
         count: 0,

@@ -148,7 +148,7 @@ impl ProducerContext for Counting {
     }
 }
 
-/// Sends messages in batches, compressed by zstd: a mock broker keeps 5 MB of batches a partition.
+/// Sends messages in batches.
 pub struct Producer {
     producer: ThreadedProducer<Counting>,
     answers: Arc<Answers>,
@@ -165,18 +165,26 @@ impl fmt::Debug for Producer {
 }
 
 impl Producer {
-    /// Makes a producer.
+    /// Makes a producer whose batches are compressed by zstd: a mock broker keeps 5 MB of them a partition.
+    ///
+    /// # Errors
+    /// As [`Producer::packing`].
+    pub fn new(brokers: &str) -> Result<Self, StandError> {
+        Self::packing(brokers, "zstd")
+    }
+
+    /// Makes a producer whose batches are compressed by a codec of Kafka's.
     ///
     /// # Errors
     /// [`StandError::Kafka`] when librdkafka does not.
-    pub fn new(brokers: &str) -> Result<Self, StandError> {
+    pub fn packing(brokers: &str, codec: &str) -> Result<Self, StandError> {
         let answers = Arc::new(Answers::default());
         let producer = ClientConfig::new()
             .set("bootstrap.servers", brokers)
             .set("client.id", "stand-producer")
             .set("acks", "all")
             .set("enable.idempotence", "true")
-            .set("compression.type", "zstd")
+            .set("compression.type", codec)
             .set("linger.ms", "5")
             .set("message.max.bytes", "33554432")
             .set("message.timeout.ms", "30000")
