@@ -18,6 +18,7 @@ parts=("$@")
 for part in "${parts[@]}"; do
     # What a part found before is no longer true.
     [ "$part" = report ] || rm -f "target/bench/$part.tsv"
+    [ "$part" != latency ] || rm -f target/bench/machine.tsv
     case $part in
     store)
         for size in 1 5 100 10000 100000; do "$bench" store "$size" lz4; done

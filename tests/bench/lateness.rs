@@ -31,12 +31,15 @@ use store::entry::EntryHeader;
 
 use crate::{
     Results,
+    machine::{Lookout, Pauses},
     whole::{CODEC, PATIENCE, SEGMENT, SHARDS, segment, settings},
 };
 
 const ROOT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long the machine is looked at before anything is at work.
+const IDLE: Duration = Duration::from_secs(10);
 /// Every so many segments are looked at in Redis.
-const SAMPLE: u64 = 10;
+const SAMPLE: u64 = 20;
 /// When a segment is looked at: well behind its insert, well before its deadline.
 const LOOK_AFTER: Duration = Duration::from_secs(1);
 /// A mock answers an empty fetch after the time that it may wait and not before, whatever came meanwhile; a real broker at once.
@@ -47,6 +50,9 @@ const PATTERN_SEGMENTS: u64 = 1_000;
 
 /// Those that are due while spans come, and those that are due afterwards.
 pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
+    let lookout = Lookout::start();
+    pause(IDLE);
+    let idle = lookout.stop();
     let redis = Redis::start().unwrap();
     let kafka = if real {
         Kafka::real(SHARDS)
@@ -63,6 +69,7 @@ pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
     let mut supervisor = Supervisor::start(plan).unwrap();
     let board = await_clocks(&mut supervisor);
     let reading = Reading::start(kafka.brokers());
+    let lookout = Lookout::start();
     let mut traffic = Traffic {
         producer: Producer::packing(&kafka.brokers(), CODEC).unwrap(),
         redis: redis.connection().unwrap(),
@@ -81,7 +88,7 @@ pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
             traffic.send_to(millis * rate / 1_000 / SEGMENT as u64);
             let (mono, wall) = (Clock::mono_now(), Clock::wall_now());
             let clocks = (0..SHARDS).filter_map(|shard| board.clock(ShardId(shard)));
-            behind.extend(clocks.map(|clock| signed(wall) - signed(clock.read(mono))));
+            behind.extend(clocks.map(|clock| (wall, signed(wall) - signed(clock.read(mono)))));
         } else if traffic.asked.is_empty() {
             break;
         }
@@ -89,14 +96,14 @@ pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
         pause(Duration::from_millis(2));
     }
     pause(ROOT_TIMEOUT + Duration::from_secs(2));
-    let came = reading.stop();
+    let (came, pauses) = (reading.stop(), lookout.stop());
     let broker = if real { "a real broker" } else { "mock" };
-    tell(
-        &format!("{broker}\t{rate}"),
-        &traffic,
-        &came,
-        &Spread::of(behind),
-    );
+    let run = format!("{broker}\t{rate}");
+    tell(&run, &traffic, &came, &behind, &pauses);
+    let (idle, meanwhile) = (idle.percent(), pauses.percent());
+    let line = format!("{run}\t{idle:.1}\t{meanwhile:.1}");
+    println!("the machine was slow, in percent of the time, before and meanwhile: {line}");
+    Results::open("machine").line(&line);
     supervisor.signal(Signal::SIGTERM).unwrap();
     supervisor.wait_exit(PATIENCE).unwrap();
 }
@@ -228,63 +235,111 @@ impl Traffic {
         }
     }
 
-    /// Reads the deadlines of the segments whose time it is.
+    /// Reads the deadlines of the segments whose time it is, all at once.
     fn look(&mut self) {
-        while let Some((sent, shard, trace)) = self.asked.front() {
-            if Clock::wall_now() < sent.after(LOOK_AFTER) {
-                break;
-            }
-            let fields: Vec<Vec<u8>> = redis::cmd("HKEYS")
-                .arg(format!("span-buf:{{{shard}.0}}:t:1:{trace}"))
-                .query(&mut self.redis)
-                .unwrap();
+        let now = Clock::wall_now();
+        let is_time = |(sent, ..): &(UnixMillis, u64, String)| sent.after(LOOK_AFTER) <= now;
+        let due = self.asked.partition_point(is_time);
+        if due == 0 {
+            return;
+        }
+        let mut pipeline = redis::pipe();
+        for (_, shard, trace) in self.asked.range(..due) {
+            pipeline
+                .cmd("HKEYS")
+                .arg(format!("span-buf:{{{shard}.0}}:t:1:{trace}"));
+        }
+        let journals: Vec<Vec<Vec<u8>>> = pipeline.query(&mut self.redis).unwrap();
+        for ((_, _, trace), fields) in self.asked.drain(..due).zip(journals) {
             let arrival = fields
                 .iter()
                 .filter_map(|field| Some(EntryHeader::decode(field).ok()?.arrival))
                 .max();
             if let Some(arrival) = arrival {
-                self.deadlines
-                    .insert(trace.clone(), arrival.after(ROOT_TIMEOUT));
+                self.deadlines.insert(trace, arrival.after(ROOT_TIMEOUT));
             }
-            self.asked.pop_front();
         }
     }
 }
 
-/// Two lines: what was due while spans came, and what was due after the last one.
-fn tell(run: &str, traffic: &Traffic, came: &HashMap<String, UnixMillis>, behind: &Spread) {
+/// Three lines: what was due while spans came, that of it which met no pause of the machine, and what was due after the last one.
+fn tell(
+    run: &str,
+    traffic: &Traffic,
+    came: &HashMap<String, UnixMillis>,
+    behind: &[(UnixMillis, i64)],
+    pauses: &Pauses,
+) {
     let mut results = Results::open("latency");
     println!(
         "broker\trate\twhen\tsegments\tmissing\tmin\tp50\tp90\tp99\tmax\tclock p50\tclock p99"
     );
-    for (when, later) in [("while spans come", false), ("after the last span", true)] {
-        let of_this = traffic
-            .deadlines
-            .iter()
-            .filter(|(_, deadline)| (**deadline > traffic.last_sent) == later);
-        let (mut late, mut missing) = (Vec::new(), 0);
-        for (trace, deadline) in of_this {
-            match came.get(trace) {
-                Some(&came) => late.push(signed(came) - signed(*deadline)),
-                None => missing += 1,
-            }
+    let (mut meanwhile, mut undisturbed, mut afterwards) = (
+        Lateness::default(),
+        Lateness::default(),
+        Lateness::default(),
+    );
+    for (trace, &deadline) in &traffic.deadlines {
+        let came = came.get(trace).copied();
+        if deadline > traffic.last_sent {
+            afterwards.add(deadline, came);
+            continue;
         }
-        let late = Spread::of(late);
-        let clock = match later {
-            false => format!("{}\t{}", behind.at(500), behind.at(990)),
+        meanwhile.add(deadline, came);
+        if !pauses.touch(deadline, came.unwrap_or(deadline)) {
+            undisturbed.add(deadline, came);
+        }
+    }
+    for &(at, behind) in behind {
+        meanwhile.clocks.push(behind);
+        if !pauses.touch(at, at) {
+            undisturbed.clocks.push(behind);
+        }
+    }
+    let all = [
+        ("while spans come", meanwhile),
+        ("the same, the machine at its speed", undisturbed),
+        ("after the last span", afterwards),
+    ];
+    for (when, lines) in all {
+        let line = format!("{run}\t{when}\t{}", lines.tell());
+        println!("{line}");
+        results.line(&line);
+    }
+}
+
+/// How late segments of one kind came, and clocks were behind, in milliseconds.
+#[derive(Default)]
+struct Lateness {
+    late: Vec<i64>,
+    missing: u64,
+    clocks: Vec<i64>,
+}
+
+impl Lateness {
+    fn add(&mut self, deadline: UnixMillis, came: Option<UnixMillis>) {
+        match came {
+            Some(came) => self.late.push(signed(came) - signed(deadline)),
+            None => self.missing += 1,
+        }
+    }
+
+    fn tell(self) -> String {
+        let (late, clocks) = (Spread::of(self.late), Spread::of(self.clocks));
+        let clocks = match clocks.0.is_empty() {
             true => "\t".into(),
+            false => format!("{}\t{}", clocks.at(500), clocks.at(990)),
         };
-        let line = format!(
-            "{run}\t{when}\t{}\t{missing}\t{}\t{}\t{}\t{}\t{}\t{clock}",
+        format!(
+            "{}\t{}\t{}\t{}\t{}\t{}\t{}\t{clocks}",
             late.0.len(),
+            self.missing,
             late.at(0),
             late.at(500),
             late.at(900),
             late.at(990),
             late.most()
-        );
-        println!("{line}");
-        results.line(&line);
+        )
     }
 }
 

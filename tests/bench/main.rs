@@ -32,6 +32,7 @@ use crate::{
 mod input;
 mod lateness;
 mod link;
+mod machine;
 mod meter;
 mod nodes;
 mod original;

@@ -504,8 +504,13 @@ impl Input {
     /// [`ConsumeError::Ask`]: nobody's end is known then, and the clocks run no further.
     pub fn ask_ends(&mut self) -> Result<bool, ConsumeError> {
         let now = Clock::mono_now();
-        let since = self.ends_asked.map(|asked| now.since(asked));
-        if since.is_some_and(|since| since < ends_pause(self.ends_failed, self.shards.values())) {
+        let Some(pause) = ends_pause(self.ends_failed, self.shards.values(), now) else {
+            return Ok(false);
+        };
+        if self
+            .ends_asked
+            .is_some_and(|asked| now.since(asked) < pause)
+        {
             return Ok(false);
         }
         self.ends_asked = Some(now);

@@ -15,6 +15,8 @@ const ENDS_EVERY: Duration = Duration::from_millis(750);
 /// How soon it may be asked again when a shard came to its end and the broker has not said so yet: till then its clock gets no further than the latest
 /// time read.
 const ENDS_SOON: Duration = Duration::from_millis(100);
+/// How long it must have been quiet since: where messages come one by one, the consumer is at the end behind each, and who asks waits.
+const QUIET: Duration = Duration::from_millis(20);
 /// How long it is not asked again after it failed.
 const ENDS_PAUSE: Duration = Duration::from_millis(1_500);
 
@@ -48,8 +50,15 @@ impl Reading {
     }
 
     /// Whether the consumer came to the end and the broker's word on it is missing.
-    fn wants_end(&self) -> bool {
-        self.eof && self.at_end.is_none() && !self.paused
+    fn wants_end(&self, now: MonoNanos) -> bool {
+        let is_quiet = now.since(self.heard) >= QUIET;
+        self.eof && self.at_end.is_none() && is_quiet && !self.paused
+    }
+
+    /// Whether it may be at its end: a message that comes is a better word than the broker's.
+    fn may_be_at_end(&self, now: MonoNanos) -> bool {
+        let is_silent = now.since(self.heard) >= ENDS_EVERY;
+        (self.at_end.is_some() || is_silent) && !self.paused
     }
 
     /// Takes the end that the broker told at `now`. What stands behind the last message may be no message, such as the mark of
@@ -66,17 +75,21 @@ impl Reading {
     }
 }
 
-/// How long after one question for the ends the next one may follow.
+/// How long after one question for the ends the next one may follow; none: there is nothing to ask.
 pub(super) fn ends_pause<'r>(
     failed: bool,
-    mut readings: impl Iterator<Item = &'r Reading>,
-) -> Duration {
+    readings: impl Iterator<Item = &'r Reading> + Clone,
+    now: MonoNanos,
+) -> Option<Duration> {
     if failed {
-        ENDS_PAUSE
-    } else if readings.any(Reading::wants_end) {
-        ENDS_SOON
+        Some(ENDS_PAUSE)
+    } else if readings.clone().any(|reading| reading.wants_end(now)) {
+        Some(ENDS_SOON)
     } else {
-        ENDS_EVERY
+        let mut readings = readings;
+        readings
+            .any(|reading| reading.may_be_at_end(now))
+            .then_some(ENDS_EVERY)
     }
 }
 
@@ -86,23 +99,27 @@ mod tests {
 
     #[test]
     fn an_end_is_asked_for_soon_until_it_is_told() {
-        let pause = |readings: &[Reading]| ends_pause(false, readings.iter());
-        let (busy, mut idle) = (
-            Reading::at(5, false, MonoNanos::default()),
-            Reading::at(7, false, MonoNanos::default()),
-        );
-        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "nobody came to an end");
-        idle.eof = true;
-        assert_eq!(pause(&[busy, idle]), ENDS_SOON);
-        idle.take_end(8, MonoNanos(1));
-        assert_eq!(pause(&[busy, idle]), ENDS_SOON, "the end is elsewhere");
-        idle.take_end(7, MonoNanos(2));
-        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "it was told");
-        idle = Reading::at(8, false, MonoNanos::default());
-        assert_eq!(pause(&[busy, idle]), ENDS_EVERY, "more came");
-        idle.eof = true;
-        let failed = ends_pause(true, [busy, idle].iter());
-        assert_eq!(failed, ENDS_PAUSE, "no answer: not so soon");
+        let at = |millis| MonoNanos::default().after(Duration::from_millis(millis));
+        let pause = |reading: &Reading, millis| ends_pause(false, [*reading].iter(), at(millis));
+        let mut shard = Reading::at(7, false, at(0));
+        assert_eq!(pause(&shard, 749), None, "more may come");
+        assert_eq!(pause(&shard, 750), Some(ENDS_EVERY), "nothing was heard");
+        (shard.eof, shard.heard) = (true, at(1_000));
+        assert_eq!(pause(&shard, 1_019), None, "more may be on its way");
+        assert_eq!(pause(&shard, 1_020), Some(ENDS_SOON));
+        shard.take_end(8, at(1_030));
+        let elsewhere = "the end is elsewhere";
+        assert_eq!(pause(&shard, 1_050), Some(ENDS_SOON), "{elsewhere}");
+        shard.take_end(7, at(1_060));
+        assert_eq!(pause(&shard, 1_080), Some(ENDS_EVERY), "it was told");
+        let busy = Reading::at(5, false, at(1_080));
+        let both = [busy, shard];
+        let of_both = ends_pause(false, both.iter(), at(1_080));
+        assert_eq!(of_both, Some(ENDS_EVERY), "it speaks for 2 s");
+        shard = Reading::at(8, false, at(1_090));
+        assert_eq!(pause(&shard, 1_200), None, "more came");
+        let failed = ends_pause(true, both.iter(), at(1_080));
+        assert_eq!(failed, Some(ENDS_PAUSE), "no answer: not so soon");
     }
 
     #[test]
