@@ -16,6 +16,10 @@ use shared::{
 
 /// The longest trace id that stands in keys as it is. Units: bytes.
 const TRACE_TEXT_MAX: usize = 128;
+/// How every key of a bucket begins.
+const PREFIX: &[u8] = b"span-buf:{";
+/// Bytes of a hash tag, as a rule.
+const HASH_TAG_USUAL: usize = 16;
 /// A blake3 hash in hex digits.
 const HASH_DIGITS: usize = 64;
 
@@ -230,8 +234,10 @@ pub fn meta_key(slice: Option<SliceId>) -> Vec<u8> {
 /// The journal of a trace: a hash of entry headers and chunks.
 #[must_use]
 pub fn journal_key(bucket: Bucket, member: &Member) -> Vec<u8> {
-    let mut key = key(bucket, "t:");
-    key.extend_from_slice(member.as_bytes());
+    let member = member.as_bytes();
+    let mut key = begun_key(bucket, 2 + member.len());
+    key.extend_from_slice(b"t:");
+    key.extend_from_slice(member);
     key
 }
 
@@ -253,9 +259,35 @@ pub fn sum_key(bucket: Bucket) -> Vec<u8> {
     key(bucket, "sum")
 }
 
-/// The hash tag comes first, so that a brace of a trace id lies behind it.
 fn key(bucket: Bucket, kind: &str) -> Vec<u8> {
-    format!("span-buf:{{{bucket}}}:{kind}").into_bytes()
+    let mut key = begun_key(bucket, kind.len());
+    key.extend_from_slice(kind.as_bytes());
+    key
+}
+
+/// The part that all keys of a bucket share, with room for the rest. The hash tag comes first, so that a brace of a trace id lies behind
+/// it. Several keys are made for each trace: they are not formatted.
+fn begun_key(bucket: Bucket, rest: usize) -> Vec<u8> {
+    let tag = hash_tag(bucket);
+    let mut key = Vec::with_capacity(PREFIX.len() + tag.len() + 2 + rest);
+    key.extend_from_slice(PREFIX);
+    key.extend_from_slice(&tag);
+    key.extend_from_slice(b"}:");
+    key
+}
+
+/// What Redis Cluster hashes of a bucket's keys.
+pub(crate) fn hash_tag(bucket: Bucket) -> Vec<u8> {
+    let mut tag = Vec::with_capacity(HASH_TAG_USUAL);
+    let mut digits = itoa::Buffer::new();
+    if let Some(SliceId(slice)) = bucket.slice {
+        tag.extend_from_slice(digits.format(slice).as_bytes());
+        tag.push(b'-');
+    }
+    tag.extend_from_slice(digits.format(bucket.shard.0).as_bytes());
+    tag.push(b'.');
+    tag.extend_from_slice(digits.format(bucket.bucket.0).as_bytes());
+    tag
 }
 
 #[cfg(test)]

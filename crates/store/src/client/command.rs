@@ -6,7 +6,7 @@
 //! Knows:  keys. No connection.
 //! Source: docs/store.md 1, 2, 3.
 
-use std::time::Duration;
+use std::{borrow::Borrow, time::Duration};
 
 use redis::Cmd;
 use shared::{
@@ -15,7 +15,7 @@ use shared::{
 };
 
 use crate::{
-    keys::{Bucket, Member, journal_key, meta_key, position_key, queue_key, sum_key},
+    keys::{Bucket, Member, hash_tag, journal_key, meta_key, position_key, queue_key, sum_key},
     scripts::{Source, long_ttl},
 };
 
@@ -121,7 +121,13 @@ impl Command {
     /// Writes entries into a journal.
     #[must_use]
     pub fn insert(bucket: Bucket, member: &Member, entries: &[(Vec<u8>, Vec<u8>)]) -> Self {
-        let mut cmd = named("HSET", journal_key(bucket, member));
+        let key = journal_key(bucket, member);
+        let bytes = entries
+            .iter()
+            .map(|(field, chunk)| field.len() + chunk.len());
+        let bytes = key.len() + bytes.sum::<usize>();
+        let mut cmd = sized("HSET", 1 + 2 * entries.len(), bytes);
+        cmd.arg(key);
         for (field, chunk) in entries {
             cmd.arg(&field[..]).arg(&chunk[..]);
         }
@@ -153,11 +159,11 @@ impl Command {
 
     /// Puts traces into the queue, or lowers their scores; raises none.
     #[must_use]
-    pub fn enqueue(bucket: Bucket, members: &[(Member, UnixMillis)]) -> Self {
+    pub fn enqueue<M: Borrow<Member>>(bucket: Bucket, members: &[(M, UnixMillis)]) -> Self {
         let mut cmd = named("ZADD", queue_key(bucket));
         cmd.arg("LT");
         for (member, score) in members {
-            cmd.arg(score.0).arg(member.as_bytes());
+            cmd.arg(score.0).arg(member.borrow().as_bytes());
         }
         Self::new(bucket, cmd).orderly()
     }
@@ -303,8 +309,15 @@ impl Command {
 }
 
 fn named(name: &str, key: Vec<u8>) -> Cmd {
-    let mut cmd = redis::cmd(name);
+    let mut cmd = sized(name, 1, key.len());
     cmd.arg(key);
+    cmd
+}
+
+/// With room for so many arguments, of so many bytes in all.
+fn sized(name: &str, args: usize, bytes: usize) -> Cmd {
+    let mut cmd = Cmd::with_capacity(1 + args, name.len() + bytes);
+    cmd.arg(name);
     cmd
 }
 
@@ -314,7 +327,7 @@ fn expire(key: Vec<u8>, ttl: Duration) -> Cmd {
 
 /// All keys of a bucket share its hash tag, so they share its slot.
 pub(super) fn slot_of(bucket: Bucket) -> u16 {
-    slot(&position_key(bucket))
+    crc16(&hash_tag(bucket)) % SLOTS
 }
 
 /// The hash slot of a key: CRC16 of its hash tag, or of all of it.
@@ -329,18 +342,35 @@ fn slot(key: &[u8]) -> u16 {
 /// CRC-16/XMODEM, as Redis Cluster has it.
 fn crc16(bytes: &[u8]) -> u16 {
     bytes.iter().fold(0, |crc, &byte| {
-        (0..8).fold(crc ^ u16::from(byte) << 8, |crc, _| {
-            if crc & 0x8000 == 0 {
-                crc << 1
-            } else {
-                crc << 1 ^ 0x1021
-            }
-        })
+        crc << 8 ^ CRC16_OF_BYTE[usize::from(crc >> 8 ^ u16::from(byte))]
     })
 }
 
+/// What each byte adds.
+const CRC16_OF_BYTE: [u16; 256] = {
+    let mut table = [0; 256];
+    let mut byte = 0_u16;
+    while byte < 256 {
+        let mut crc = byte << 8;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = if crc & 0x8000 == 0 {
+                crc << 1
+            } else {
+                crc << 1 ^ 0x1021
+            };
+            bit += 1;
+        }
+        table[byte as usize] = crc;
+        byte += 1;
+    }
+    table
+};
+
 #[cfg(test)]
 mod tests {
+    use shared::shard::{BucketId, ShardId};
+
     use super::*;
 
     #[test]
@@ -348,6 +378,12 @@ mod tests {
         assert_eq!(crc16(b"123456789"), 0x31c3);
         // As `CLUSTER KEYSLOT` says.
         assert_eq!(slot(b"foo"), 12_182);
+        let bucket = Bucket {
+            slice: Some(SliceId(4)),
+            shard: ShardId(65_535),
+            bucket: BucketId(15),
+        };
+        assert_eq!(slot_of(bucket), slot(&queue_key(bucket)));
         assert_eq!(slot(b"a{foo}b"), 12_182);
         assert_eq!(slot(b"a{}foo"), crc16(b"a{}foo") % SLOTS);
     }

@@ -106,13 +106,13 @@ impl<'j> Trip<'j> {
                 ));
             }
         }
-        let mut members: BTreeMap<Bucket, Vec<(Member, UnixMillis)>> = BTreeMap::new();
+        let mut members: BTreeMap<Bucket, Vec<(&Member, UnixMillis)>> = BTreeMap::new();
         for journal in self.journals.iter() {
             if self.queued.get(&journal.bucket) == Some(&false) {
                 members
                     .entry(journal.bucket)
                     .or_default()
-                    .push((journal.member.clone(), journal.score));
+                    .push((&journal.member, journal.score));
             }
         }
         for (bucket, members) in members {
