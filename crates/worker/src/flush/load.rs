@@ -147,9 +147,12 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
             );
             continue;
         }
-        let mut counted: HashSet<u64> = entries.iter().flat_map(offsets).collect();
+        // A span that lies in another entry as well is counted there.
+        let mut counted: HashSet<u64> = match damaged.is_empty() {
+            true => HashSet::new(),
+            false => entries.iter().flat_map(offsets).collect(),
+        };
         for entry in damaged {
-            // A span that lies in another entry as well is counted there.
             let lost = offsets(&entry)
                 .filter(|&offset| counted.insert(offset))
                 .count();
