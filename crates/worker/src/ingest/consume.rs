@@ -42,7 +42,7 @@ use crate::{
 const CLOSE_WAIT: Duration = Duration::from_secs(2);
 /// How long one wait for the answer to a commit lasts.
 const COMMIT_SLICE: Duration = Duration::from_millis(50);
-/// How long that question may take: it stands in the way of the next batch.
+/// How long the question for the ends may take: it stands in the way of the next batch.
 const ENDS_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the broker may be silent before the consumer is made anew, and after that once more.
 const RENEW_AFTER: Duration = Duration::from_secs(20);
@@ -327,13 +327,15 @@ impl Input {
     /// # Errors
     /// [`ConsumeError::Ask`].
     pub fn begin(&mut self, starts: &BTreeMap<ShardId, u64>) -> Result<(), ConsumeError> {
+        // The others are assigned anew as well, and the consumer comes to their ends anew.
+        let now = Clock::mono_now();
+        for reading in self.shards.values_mut() {
+            *reading = Reading::at(reading.next, reading.paused, now);
+        }
         for (&shard, &next) in starts {
-            let paused = self
-                .shards
-                .get(&shard)
-                .is_some_and(|reading| reading.paused);
-            self.shards
-                .insert(shard, Reading::at(next, paused, Clock::mono_now()));
+            let reading = self.shards.entry(shard);
+            let reading = reading.or_insert_with(|| Reading::at(next, false, now));
+            reading.next = next;
         }
         let all = self.list(
             self.shards
@@ -414,9 +416,8 @@ impl Input {
         done.map_err(|source| self.asked("pause or resume partitions", source))?;
         for shard in shards {
             if let Some(reading) = self.shards.get_mut(shard) {
-                reading.paused = paused;
-                reading.at_end = None;
-                reading.heard = Clock::mono_now();
+                // What was heard of its end is of before: the consumer comes to it anew.
+                *reading = Reading::at(reading.next, paused, Clock::mono_now());
             }
         }
         Ok(())
@@ -492,8 +493,7 @@ impl Input {
     pub fn came_to_end(&mut self, shards: &[ShardId]) {
         for shard in shards {
             if let Some(reading) = self.shards.get_mut(shard) {
-                reading.eof = true;
-                reading.heard = Clock::mono_now();
+                reading.came_to_end(Clock::mono_now());
             }
         }
     }
@@ -504,9 +504,7 @@ impl Input {
     /// [`ConsumeError::Ask`]: nobody's end is known then, and the clocks run no further.
     pub fn ask_ends(&mut self) -> Result<bool, ConsumeError> {
         let now = Clock::mono_now();
-        let Some(pause) = ends_pause(self.ends_failed, self.shards.values(), now) else {
-            return Ok(false);
-        };
+        let pause = ends_pause(self.ends_failed, self.shards.values(), now);
         if self
             .ends_asked
             .is_some_and(|asked| now.since(asked) < pause)
