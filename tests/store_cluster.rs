@@ -549,7 +549,11 @@ fn another_number_of_buckets_is_taken_on_an_empty_store_and_refused_on_one_that_
     let cluster = Cluster::start().unwrap();
     let with = |buckets| client_of(&cluster.addresses(), true, buckets, Duration::from_secs(2));
     let shards = "0-3".parse().unwrap();
-    let meta = with(1).meta(&shards).unwrap();
+    with(1).prove_meta(&shards).unwrap();
+    // To prove it describes nothing.
+    let meta = with(3).meta(&shards).unwrap();
+    with(1).prove_meta(&shards).unwrap();
+    assert_eq!(with(1).meta(&shards).unwrap(), meta, "and takes nothing on");
     let next = |buckets: u32, numbers: &[u32]| {
         let mut client = with(buckets);
         let all: Vec<Bucket> = client.buckets().of_shard(ShardId(2)).collect();
@@ -578,6 +582,9 @@ fn another_number_of_buckets_is_taken_on_an_empty_store_and_refused_on_one_that_
             && error.to_string().contains("redis.buckets = 1"),
         "{error}"
     );
+    let proved = with(4).prove_meta(&shards).unwrap_err();
+    assert_eq!(proved.to_string(), error.to_string());
+    with(1).prove_meta(&shards).unwrap();
     insist(
         &mut with(1),
         &[Command::unqueue(first, member(1).as_bytes())],
@@ -608,4 +615,6 @@ fn another_number_of_buckets_is_taken_on_an_empty_store_and_refused_on_one_that_
             && error.to_string().contains("different offsets"),
         "{error}"
     );
+    let proved = with(4).prove_meta(&shards).unwrap_err();
+    assert_eq!(proved.to_string(), error.to_string());
 }

@@ -24,7 +24,7 @@ use crate::{
 /// Proves both and says what was found.
 #[must_use]
 pub fn run(launch: &Launch) -> Exit {
-    let redis = redis(&launch.config);
+    let redis = redis(launch);
     let kafka = kafka(&launch.config, launch);
     // What was refused outweighs what did not answer: trying again does not help it.
     match (redis, kafka) {
@@ -34,11 +34,13 @@ pub fn run(launch: &Launch) -> Exit {
     }
 }
 
-fn redis(config: &Config) -> Exit {
-    let checked = match Client::new(&config.redis) {
-        Ok(mut client) => client.check(),
+fn redis(launch: &Launch) -> Exit {
+    let mut client = match Client::new(&launch.config.redis) {
+        Ok(client) => client,
         Err(error) => return say(Exit::Config, "redis", &chain(&error)),
     };
+    let checked = client.check();
+    let checked = checked.and_then(|servers| client.prove_meta(&launch.shards).map(|()| servers));
     match checked {
         Ok(servers) => {
             for server in &servers {

@@ -16,7 +16,12 @@ use shared::{
     time::Clock,
 };
 
-use super::{Client, Command, CommandError, RUN_TIMEOUTS, Reply, command::SLOTS, judge, reply};
+use super::{
+    Client, Command, CommandError, RUN_TIMEOUTS, Reply,
+    command::SLOTS,
+    judge,
+    reply::{self, Position},
+};
 use crate::{
     keys::{Bucket, Buckets},
     scripts::PositionCall,
@@ -234,6 +239,36 @@ impl Client {
             }
             stands = self.description()?;
         }
+        let instance = stands.get("instance").cloned().unwrap_or_default();
+        let before = self.judge_description(&stands)?;
+        if before != buckets {
+            self.change_buckets(before, shards, &instance)?;
+        }
+        Ok(Meta { instance })
+    }
+
+    /// Proves that this store may be used as it is configured, as [`Client::meta`] does, and writes nothing.
+    ///
+    /// # Errors
+    /// [`CheckError`].
+    pub fn prove_meta(&mut self, shards: &ShardList) -> Result<(), CheckError> {
+        let stands = self.description()?;
+        if stands.is_empty() {
+            return Ok(());
+        }
+        let before = self.judge_description(&stands)?;
+        if before != self.buckets {
+            for shard in shards.iter() {
+                if let Err(what) = self.standing(before, shard)? {
+                    return Err(self.other_buckets(before, shard, what));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How the store was cut into buckets when it was written, if this build can read it.
+    fn judge_description(&self, stands: &BTreeMap<String, String>) -> Result<Buckets, CheckError> {
         let found = |field: &str| stands.get(field).cloned().unwrap_or_default();
         let other = |what, expected: String| CheckError::OtherStore {
             address: self.address(),
@@ -244,13 +279,20 @@ impl Client {
         if found("layout") != LAYOUT {
             return Err(other("layout", LAYOUT.to_owned()));
         }
-        let instance = found("instance");
         match found("buckets").parse() {
-            Ok(count) if count == buckets.count() => {}
-            Ok(count) => self.change_buckets(buckets.of_count(count), shards, &instance)?,
-            Err(_) => return Err(other("buckets", buckets.count().to_string())),
+            Ok(count) => Ok(self.buckets.of_count(count)),
+            Err(_) => Err(other("buckets", self.buckets.count().to_string())),
         }
-        Ok(Meta { instance })
+    }
+
+    fn other_buckets(&self, before: Buckets, shard: ShardId, what: &'static str) -> CheckError {
+        CheckError::OtherBuckets {
+            address: self.address(),
+            found: before.count(),
+            wanted: self.buckets.count(),
+            shard,
+            what,
+        }
     }
 
     /// Takes another number of buckets than the store was written with, if it holds nothing: every new bucket gets the position
@@ -270,18 +312,44 @@ impl Client {
                 if stands.get("buckets") == Some(&after.count().to_string()) {
                     return Ok(());
                 }
-                return Err(CheckError::OtherBuckets {
-                    address: self.address(),
-                    found: before.count(),
-                    wanted: after.count(),
-                    shard,
-                    what,
-                });
+                return Err(self.other_buckets(before, shard, what));
             }
         }
         let count = after.count().to_string();
         self.one(Command::describe_anew(after.slice(), "buckets", &count))?;
         Ok(())
+    }
+
+    /// Where a shard stands that holds nothing: the offset that all its old buckets have, and the positions of old and new ones;
+    /// `Ok(Err(…))` says what it holds.
+    fn standing(
+        &mut self,
+        before: Buckets,
+        shard: ShardId,
+    ) -> Result<Result<Standing, &'static str>, CheckError> {
+        let old: Vec<Bucket> = before.of_shard(shard).collect();
+        let new = self.buckets.of_shard(shard);
+        let lengths = old.iter().map(|&bucket| Command::queue_len(bucket));
+        for reply in self.run(&lengths.collect::<Vec<_>>()) {
+            if reply::number(&reply?) != Some(0) {
+                return Ok(Err("holds spans"));
+            }
+        }
+        let mut positions = BTreeMap::new();
+        let all: Vec<Bucket> = old.iter().copied().chain(new).collect();
+        let commands: Vec<Command> = all.iter().copied().map(Command::whole_position).collect();
+        for (bucket, reply) in all.into_iter().zip(self.run(&commands)) {
+            positions.insert(bucket, reply::position(&reply?));
+        }
+        let standing = Standing {
+            next: old.first().and_then(|bucket| next_of(&positions, bucket)),
+            positions,
+        };
+        let is_level = |bucket| next_of(&standing.positions, bucket) == standing.next;
+        Ok(match old.iter().all(is_level) {
+            true => Ok(standing),
+            false => Err("has buckets that stand at different offsets"),
+        })
     }
 
     /// Brings a shard's new buckets to where its old ones stand; `Ok(Err(…))` says why it cannot be.
@@ -291,40 +359,23 @@ impl Client {
         shard: ShardId,
         instance: &str,
     ) -> Result<Result<(), &'static str>, CheckError> {
-        let old: Vec<Bucket> = before.of_shard(shard).collect();
-        let new: Vec<Bucket> = self.buckets.of_shard(shard).collect();
-        let lengths = old.iter().map(|&bucket| Command::queue_len(bucket));
-        for reply in self.run(&lengths.collect::<Vec<_>>()) {
-            if reply::number(&reply?) != Some(0) {
-                return Ok(Err("holds spans"));
-            }
-        }
-        let mut positions = BTreeMap::new();
-        let all: Vec<Bucket> = old.iter().chain(&new).copied().collect();
-        let commands: Vec<Command> = all.iter().copied().map(Command::whole_position).collect();
-        for (bucket, reply) in all.into_iter().zip(self.run(&commands)) {
-            positions.insert(bucket, reply::position(&reply?));
-        }
-        let next_of = |bucket: &Bucket| {
-            let position = positions.get(bucket).and_then(Option::as_ref);
-            position.map(|position| position.next)
+        let Standing { next, positions } = match self.standing(before, shard)? {
+            Ok(standing) => standing,
+            Err(what) => return Ok(Err(what)),
         };
-        let next = old.first().and_then(next_of);
-        if old.iter().any(|bucket| next_of(bucket) != next) {
-            return Ok(Err("has buckets that stand at different offsets"));
-        }
         let Some(next) = next else {
             return Ok(Ok(()));
         };
         let clocks = positions.values().flatten().map(|position| position.clock);
         let clock = clocks.min().unwrap_or_default();
         let ttl = self.ttl;
-        let steps = new.iter().filter(|bucket| next_of(bucket) != Some(next));
+        let new = self.buckets.of_shard(shard);
+        let steps = new.filter(|bucket| next_of(&positions, bucket) != Some(next));
         let commands: Vec<Command> = steps
-            .map(|&bucket| {
+            .map(|bucket| {
                 PositionCall {
                     bucket,
-                    before: next_of(&bucket),
+                    before: next_of(&positions, &bucket),
                     next,
                     clock,
                     spans: 0,
@@ -371,6 +422,19 @@ impl Client {
         // A run gives a reply for each command.
         reply.unwrap_or(Ok(redis::Value::Nil))
     }
+}
+
+/// Where a shard stands that holds nothing.
+struct Standing {
+    /// The offset at which all its old buckets stand; none has a position where there is none.
+    next: Option<u64>,
+    /// Of old and new buckets.
+    positions: BTreeMap<Bucket, Option<Position>>,
+}
+
+fn next_of(positions: &BTreeMap<Bucket, Option<Position>>, bucket: &Bucket) -> Option<u64> {
+    let position = positions.get(bucket).and_then(Option::as_ref);
+    position.map(|position| position.next)
 }
 
 /// The lines of an `INFO`: names and values.

@@ -88,7 +88,7 @@ impl Fleet {
                 );
             }
         };
-        let fixed = fixed(&self.config.supervision, &config.supervision);
+        let fixed = fixed(&self.config, &config);
         if !fixed.is_empty() {
             fixed.iter().for_each(|key| {
                 error!("{key} is fixed for the life of a supervisor (restart it to change it)");
@@ -165,8 +165,11 @@ impl Fleet {
     }
 }
 
-/// Keys that differ and cannot change while the supervisor lives.
-fn fixed(old: &Supervision, new: &Supervision) -> Vec<&'static str> {
+/// Keys that differ and cannot change while the supervisor lives. Workers that are replaced one at a time must not look for a trace in
+/// two places.
+fn fixed(old: &Config, new: &Config) -> Vec<&'static str> {
+    let (old_store, new_store) = (&old.redis, &new.redis);
+    let (old, new) = (&old.supervision, &new.supervision);
     let keys = [
         ("supervision.run_dir", old.run_dir != new.run_dir),
         ("supervision.shards", old.shards != new.shards),
@@ -178,6 +181,9 @@ fn fixed(old: &Supervision, new: &Supervision) -> Vec<&'static str> {
             "supervision.ingest_workers",
             old.ingest_workers != new.ingest_workers,
         ),
+        ("redis.cluster", old_store.cluster != new_store.cluster),
+        ("redis.slice", old_store.slice != new_store.slice),
+        ("redis.buckets", old_store.buckets != new_store.buckets),
     ];
     let changed = keys.into_iter().filter(|(_, differs)| *differs);
     changed.map(|(key, _)| key).collect()

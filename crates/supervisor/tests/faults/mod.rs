@@ -492,6 +492,10 @@ fn a_configuration_that_is_wrong_or_fixed_for_life_is_refused_by_name() {
             "supervision.ingest_workers = 2",
             "supervision.ingest_workers is fixed for the life of a supervisor",
         ),
+        (
+            "redis.buckets = 4",
+            "redis.buckets is fixed for the life of a supervisor",
+        ),
     ] {
         world.configure(settings);
         let refused = world.said("the old one stays in force");
