@@ -172,6 +172,42 @@ fn shards_at_different_lags_do_not_disturb_each_other() {
 }
 
 #[test]
+fn input_that_trickles_in_is_written_at_the_pace_of_batches() {
+    const BATCH_TIME: Duration = Duration::from_millis(500);
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.plan.settings = world.settings("intake.batch_time = \"500ms\"\n");
+    world.start();
+    world.await_healthy();
+    // Of no root: nothing is due, and read by a flusher, before all was sent.
+    let children: Vec<SpanMessage> = (0..100)
+        .map(|serial| {
+            let (trace, id) = (format!("{serial:032x}"), format!("{serial:016x}"));
+            let child = span(&trace, &id, Some(ROOT), serial, 10);
+            message(0, Clock::wall_now(), child)
+        })
+        .collect();
+    let (begun, before) = (Clock::mono_now(), world.redis.calls("hget"));
+    world.trickle(&children, Duration::from_millis(15));
+    let took = Clock::mono_now().since(begun);
+    let read = world.redis.calls("hget") - before;
+    // A batch of one shard reads the positions of that shard; once a second those of all are read.
+    let buckets = f64::from(world.redis.buckets_a_shard());
+    let batches = took.as_secs_f64() / BATCH_TIME.as_secs_f64() + 1.0;
+    let watches = took.as_secs_f64() + 1.0;
+    let expected = buckets * (batches + watches * f64::from(SHARDS));
+    assert!(
+        took < Duration::from_millis(2_900),
+        "too slow to tell: {took:?}"
+    );
+    assert!(
+        read >= buckets && read <= expected,
+        "positions read {read} times, {expected} expected, in {took:?}"
+    );
+    world.await_all();
+    world.settle_exact();
+}
+
+#[test]
 fn a_span_that_comes_a_moment_later_makes_its_segment_later_by_no_more_than_that() {
     const ROOT_TIMEOUT: Duration = Duration::from_secs(1);
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());

@@ -157,6 +157,16 @@ impl World {
         self.producer.flush(LONG).unwrap();
     }
 
+    /// Sends spans one by one, a pause behind each.
+    pub(crate) fn trickle(&mut self, messages: &[SpanMessage], pause: Duration) {
+        self.ledger.sent_all(messages).unwrap();
+        for message in messages {
+            self.producer.send(INPUT, &message.record()).unwrap();
+            stand::pause(pause);
+        }
+        self.producer.flush(LONG).unwrap();
+    }
+
     /// Sends a message that the ledger does not know of.
     pub(crate) fn send_raw(&mut self, partition: i32, time: UnixMillis, payload: Option<&[u8]>) {
         self.producer

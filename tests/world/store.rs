@@ -173,6 +173,24 @@ impl Store {
     /// What kinds of calls took on average, in microseconds, on the server where each took longest.
     pub(crate) fn call_times(&self) -> BTreeMap<String, f64> {
         let mut times = BTreeMap::new();
+        for (name, mean) in self.call_stats("usec_per_call=") {
+            let longest = times.entry(name).or_insert(0.0_f64);
+            *longest = longest.max(mean);
+        }
+        times
+    }
+
+    /// How many calls of a kind there were, on all servers.
+    pub(crate) fn calls(&self, kind: &str) -> f64 {
+        let counts = self.call_stats("calls=").into_iter();
+        counts
+            .filter_map(|(name, count)| (name == kind).then_some(count))
+            .sum()
+    }
+
+    /// One figure of each kind of calls, of each server.
+    fn call_stats(&self, figure: &str) -> Vec<(String, f64)> {
+        let mut stats = Vec::new();
         for node in self.nodes() {
             let info = redis::cmd("INFO").arg("commandstats").take();
             let text: String = info.query(&mut node.connection().unwrap()).unwrap();
@@ -182,20 +200,23 @@ impl Store {
                 .filter_map(|line| line.strip_prefix("cmdstat_"))
             {
                 let (name, values) = line.split_once(':').unwrap();
-                let mut values = values.split(',');
-                let mean = values
-                    .find_map(|value| value.strip_prefix("usec_per_call="))
-                    .unwrap();
-                let longest = times.entry(name.to_owned()).or_insert(0.0_f64);
-                *longest = longest.max(mean.parse().unwrap());
+                let value = values
+                    .split(',')
+                    .find_map(|value| value.strip_prefix(figure));
+                stats.push((name.to_owned(), value.unwrap().parse().unwrap()));
             }
         }
-        times
+        stats
     }
 
     /// The key of a bucket: its `pos`, `q`, `sum`.
     pub(crate) fn key(&self, shard: u32, bucket: u32, what: &str) -> String {
         format!("span-buf:{{{}{shard}.{bucket}}}:{what}", self.slice)
+    }
+
+    /// How many buckets a shard has.
+    pub(crate) fn buckets_a_shard(&self) -> u32 {
+        self.buckets
     }
 
     /// Every bucket, with its shard.
