@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures Spanbuf against the raw limit of Redis and against a model of the original's way, and writes docs/performance.md.
+# Measures Spanbuf against the raw limit of Redis and against a model of the original's way, and writes docs/performance.md and README's table.
 #
 # scripts/bench.sh [PART…]     parts: store codecs kafka latency report; without one all of them, about half an hour
 #   SPANBUF_RECORDINGS         files of real spans for `codecs`, as for scripts/acceptance.sh; without any it is left out

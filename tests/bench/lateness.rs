@@ -48,6 +48,11 @@ const MOCK_ALONE: &str = "kafka.consumer = { \"fetch.wait.max.ms\" = \"10\" }\n"
 /// into the window of a compressor together.
 const PATTERN_SEGMENTS: u64 = 1_000;
 
+/// What was due while spans came.
+pub(crate) const MEANWHILE: &str = "while spans come";
+/// The part of it that met no pause of the machine.
+pub(crate) const AT_ITS_SPEED: &str = "the same, the machine at its speed";
+
 /// Those that are due while spans come, and those that are due afterwards.
 pub(crate) fn latency(rate: u64, seconds: u64, real: bool) {
     let lookout = Lookout::start();
@@ -297,8 +302,8 @@ fn tell(
         }
     }
     let all = [
-        ("while spans come", meanwhile),
-        ("the same, the machine at its speed", undisturbed),
+        (MEANWHILE, meanwhile),
+        (AT_ITS_SPEED, undisturbed),
         ("after the last span", afterwards),
     ];
     for (when, lines) in all {

@@ -2,18 +2,22 @@
 //!
 //! In:     commands.
 //! Out:    their replies, in order.
-//! Keeps:  slices as the product's client cuts them, so that no way has a better client than another.
+//! Keeps:  slices as the product's client cuts and sends them, so that no way has a better client than another.
 //! Knows:  redis. No key.
-//! Source: crates/store/src/client/mod.rs.
+//! Source: crates/store/src/client/node.rs.
 
 use redis::{Cmd, Connection, Value};
 use stand::redis::Redis;
 
 /// As in the product's client.
-const SLICE_COMMANDS: usize = 1_000;
-const SLICE_BYTES: usize = 8 << 20;
+const SLICE_COMMANDS: usize = 500;
+const SLICE_BYTES: usize = 4 << 20;
 
-pub(crate) struct Link(Connection);
+pub(crate) struct Link {
+    connection: Connection,
+    /// The memory of encoded slices.
+    slice: Vec<u8>,
+}
 
 impl Link {
     pub(crate) fn new(redis: &Redis) -> Self {
@@ -21,35 +25,54 @@ impl Link {
         connection
             .set_read_timeout(Some(std::time::Duration::from_secs(60)))
             .unwrap();
-        Self(connection)
+        Self {
+            connection,
+            slice: Vec::new(),
+        }
     }
 
+    /// The replies to a slice are read behind the next one.
     pub(crate) fn run(&mut self, commands: &[Cmd]) -> Vec<Value> {
         let mut replies = Vec::with_capacity(commands.len());
+        let (mut left, mut unread) = (commands, 0);
         while replies.len() < commands.len() {
-            let (mut slice, mut count) = (Vec::new(), 0);
-            for command in commands[replies.len()..].iter().take(SLICE_COMMANDS) {
-                command.write_packed_command(&mut slice);
+            self.slice.clear();
+            let mut count = 0;
+            for command in left.iter().take(SLICE_COMMANDS) {
+                command.write_packed_command(&mut self.slice);
                 count += 1;
-                if slice.len() >= SLICE_BYTES {
+                if self.slice.len() >= SLICE_BYTES {
                     break;
                 }
             }
-            self.0.send_packed_command(&slice).unwrap();
-            for _ in 0..count {
-                match self.0.recv_response().unwrap() {
+            left = &left[count..];
+            if count > 0 {
+                self.connection.send_packed_command(&self.slice).unwrap();
+            }
+            for _ in 0..unread {
+                match self.connection.recv_response().unwrap() {
                     Value::ServerError(error) => panic!("redis refused: {error:?}"),
                     reply => replies.push(reply),
                 }
             }
+            unread = count;
         }
         replies
     }
 }
 
-/// A command of a name and arguments.
-pub(crate) fn command<'a>(name: &str, arguments: impl IntoIterator<Item = &'a [u8]>) -> Cmd {
-    let mut command = redis::cmd(name);
+/// A command of a name and arguments, with room for them.
+pub(crate) fn command<'a>(
+    name: &str,
+    arguments: impl IntoIterator<Item = &'a [u8], IntoIter: Clone>,
+) -> Cmd {
+    let arguments = arguments.into_iter();
+    let lengths = arguments.clone().map(<[u8]>::len);
+    let (count, bytes) = lengths.fold((1, name.len()), |(count, bytes), length| {
+        (count + 1, bytes + length)
+    });
+    let mut command = Cmd::with_capacity(count, bytes);
+    command.arg(name);
     for argument in arguments {
         command.arg(argument);
     }

@@ -17,9 +17,9 @@ const STEPS: u64 = 10_000;
 /// How often it is done at one look, of which the quickest counts: an interrupt is counted as its thread's time.
 const TRIES: usize = 3;
 /// So many times the usual CPU time is slow. Twice may be a neighbour on the same core.
-const SLOW: i64 = 3;
+pub(crate) const SLOW: i64 = 3;
 /// What a pause of the machine held up has been caught up on so long after it.
-const CAUGHT_UP: Duration = Duration::from_millis(200);
+pub(crate) const CAUGHT_UP: Duration = Duration::from_millis(200);
 
 /// A look-out on a thread of its own.
 pub(crate) struct Lookout {

@@ -1,14 +1,17 @@
-//! Makes docs/performance.md and its plot of what the parts measured.
+//! Makes docs/performance.md, its plot and README's table of what the parts measured.
 //!
 //! In:     target/bench/*.tsv; the date.
-//! Out:    tables between two marks of docs/performance.md, what stands around them stays; docs/performance.svg.
+//! Out:    tables between two marks of docs/performance.md and of README.md, what stands around them stays; docs/performance.svg.
 //! Keeps:  a ratio is taken within each round, and the median of the rounds is told; a target that was not measured is not met.
 //! Source: docs/store.md 7.
 
 use std::{collections::BTreeMap, fmt::Write as _, fs};
 
 use crate::{
-    SIZES, WAYS, plot,
+    SIZES, WAYS,
+    lateness::{AT_ITS_SPEED, MEANWHILE},
+    machine::{CAUGHT_UP, SLOW},
+    plot,
     whole::{NODES, WORKERS},
 };
 
@@ -114,17 +117,79 @@ pub(crate) fn write(date: &str) {
         "Measured {date} by `scripts/bench.sh`, on {}.\n\n",
         machine()
     );
-    targets(&store, &mut text);
+    let lateness = Lateness::read();
+    targets(&store, &lateness, &mut text);
     table(&store, &mut text);
     kafka(&mut text);
-    latency(&mut text);
+    latency(&lateness, &mut text);
     codecs(&mut text);
-    let path = "docs/performance.md";
-    let old = fs::read_to_string(path).unwrap_or_else(|_| format!("{BEGIN}\n{END}\n"));
+    put("docs/performance.md", &text);
+    fs::write("docs/performance.svg", plot::draw(&store)).unwrap();
+    put("README.md", &claim(&store, &lateness));
+}
+
+/// Writes between the marks of a document.
+fn put(path: &str, text: &str) {
+    let old = fs::read_to_string(path).unwrap();
     let (head, rest) = old.split_once(BEGIN).unwrap();
     let (_, tail) = rest.split_once(END).unwrap();
     fs::write(path, format!("{head}{BEGIN}\n\n{text}\n{END}{tail}")).unwrap();
-    fs::write("docs/performance.svg", plot::draw(&store)).unwrap();
+}
+
+/// What README says: the product against the original's way, and how late segments come.
+fn claim(store: &Measured, lateness: &Lateness) -> String {
+    let mut text = String::from(
+        "| spans a segment | spans/s of insert | spans/s of flush | Redis time of insert | Redis memory |\n|---|---|---|---|---|\n",
+    );
+    for size in [5, 100, 10_000] {
+        let ratio = |phase, figure| {
+            let ratio = store.ratio(("product", size), ("original", size), phase, figure);
+            ratio.map_or_else(|| "–".into(), |ratio| format!("× {ratio:.2}"))
+        };
+        let cells = [
+            ratio("insert", SpansASecond),
+            ratio("flush", SpansASecond),
+            ratio("insert", RedisUs),
+            ratio("insert", Bytes),
+        ];
+        writeln!(text, "| {} | {} |", grouped(size), cells.join(" | ")).unwrap();
+    }
+    text.push_str("\n| spans/s, half of what one worker of each role takes here when both are at work | lateness p50, ms | p99, ms |\n|---|---|---|\n");
+    for (when, mark) in [
+        (MEANWHILE, ""),
+        (AT_ITS_SPEED, ", the machine at its speed"),
+    ] {
+        if let Some(line) = lateness.of("mock", when) {
+            writeln!(
+                text,
+                "| {}{mark} | {} | {} |",
+                line[RATE], line[P50], line[P99]
+            )
+            .unwrap();
+        }
+    }
+    text
+}
+
+/// What `latency` found: a line for each Kafka and each part of its segments.
+struct Lateness(Vec<Vec<String>>);
+
+/// Places of a line.
+const RATE: usize = 1;
+const P50: usize = 6;
+const P99: usize = 8;
+
+impl Lateness {
+    fn read() -> Self {
+        let text = fs::read_to_string("target/bench/latency.tsv").unwrap_or_default();
+        let cells = |line: &str| line.split('\t').map(str::to_owned).collect();
+        Self(text.lines().map(cells).collect())
+    }
+
+    fn of(&self, kafka: &str, when: &str) -> Option<&[String]> {
+        let is_it = |line: &&Vec<String>| line[0] == kafka && line[2] == when;
+        self.0.iter().find(is_it).map(Vec::as_slice)
+    }
 }
 
 /// Half of the spans a second that one worker of each role takes when both are at work: as long as their parts together.
@@ -159,8 +224,8 @@ fn machine() -> String {
     )
 }
 
-/// Every figure of docs/store.md 7.
-fn targets(store: &Measured, text: &mut String) {
+/// Every figure of docs/store.md 7, and lateness.
+fn targets(store: &Measured, lateness: &Lateness, text: &mut String) {
     text.push_str("| figure | wanted | measured | |\n|---|---|---|---|\n");
     let mut row = |what: String, wanted: f64, at_most: bool, measured: Option<f64>| {
         let met = match measured {
@@ -223,6 +288,18 @@ fn targets(store: &Measured, text: &mut String) {
             1.0 / 3.0,
             true,
             store.ratio(pair.0, pair.1, "insert", Bytes),
+        );
+    }
+    for (when, mark) in [
+        (MEANWHILE, ""),
+        (AT_ITS_SPEED, ", the machine at its speed"),
+    ] {
+        let line = lateness.of("mock", when);
+        row(
+            format!("p99 of lateness at half of the capacity, ms{mark}"),
+            100.0,
+            true,
+            line.and_then(|line| line[P99].parse().ok()),
         );
     }
     text.push('\n');
@@ -299,13 +376,17 @@ fn kafka(text: &mut String) {
     text.push('\n');
 }
 
-fn latency(text: &mut String) {
-    let lines = fs::read_to_string("target/bench/latency.tsv").unwrap_or_default();
-    text.push_str("### Lateness\n\nFrom a segment's deadline (last arrival as stored, and its timeout) until a reader has its message from Kafka, one worker of each role, in milliseconds. *Clocks*: how far the shards' clocks are behind the wall clock meanwhile, which is part of it. *The machine at its speed*: without the segments that were due within 200 ms of a moment at which it was not.\n\n| Kafka | spans/s sent | due | segments looked at | not seen | least | p50 | p90 | p99 | most | clocks p50 | clocks p99 |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n");
-    for line in lines.lines() {
-        writeln!(text, "| {} |", line.replace('\t', " | ")).unwrap();
+fn latency(lateness: &Lateness, text: &mut String) {
+    writeln!(
+        text,
+        "### Lateness\n\nFrom a segment's deadline (last arrival as stored, and its timeout) until a reader has its message from Kafka, one worker of each role, in milliseconds. *Clocks*: how far the shards' clocks are behind the wall clock meanwhile, which is part of it. *The machine at its speed*: without the segments for which it was slow at any moment from {} ms before their deadline until they came.\n\n| Kafka | spans/s sent | due | segments looked at | not seen | least | p50 | p90 | p99 | most | clocks p50 | clocks p99 |\n|---|---|---|---|---|---|---|---|---|---|---|---|",
+        CAUGHT_UP.as_millis()
+    )
+    .unwrap();
+    for line in &lateness.0 {
+        writeln!(text, "| {} |", line.join(" | ")).unwrap();
     }
-    text.push_str("\nHow much of the time the machine was slow: the same work took a thread over three times its usual CPU time, in which it waits for nobody. In percent; first with nothing at work, then meanwhile.\n\n| Kafka | spans/s sent | nothing at work | meanwhile |\n|---|---|---|---|\n");
+    writeln!(text, "\nHow much of the time the machine was slow: the same work took a thread over {SLOW} times its usual CPU time, in which it waits for nobody. In percent; first with nothing at work, then meanwhile.\n\n| Kafka | spans/s sent | nothing at work | meanwhile |\n|---|---|---|---|").unwrap();
     let machine = fs::read_to_string("target/bench/machine.tsv").unwrap_or_default();
     for line in machine.lines() {
         writeln!(text, "| {} |", line.replace('\t', " | ")).unwrap();
