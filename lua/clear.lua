@@ -13,7 +13,7 @@
 --         trace alone
 -- COST    two keys and one for each journal; one HDEL for each field; the caller bounds journals and fields
 
--- Locals: with one field a trace, half of a call's time is the interpreter's.
+-- Locals: with one field a trace, a good part of a call's time is the interpreter's.
 local keys, args, call, number = KEYS, ARGV, redis.call, tonumber
 local key_count, end_of_args = #keys, #args + 1
 assert(key_count >= 2 and end_of_args >= 3, 'clear.lua: 2 keys and 2 arguments expected')

@@ -399,12 +399,11 @@ fn self_parents_cycles_and_duplicate_ids_end_in_segments() {
 #[test]
 fn a_span_that_was_sent_twice_comes_out_once() {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = world.settings("intake.batch_time = \"500ms\"\n");
-    world.start();
     let trace = "d".repeat(32);
     let now = UnixMillis(Clock::wall_now().0 - Duration::from_secs(2).as_secs() * 1_000);
     let one = message(0, now, span(&trace, "1", None, 1, 5));
     world.send(&[one.clone(), one.clone(), one]);
+    world.start();
     world.await_all();
     world.settle_exact();
     assert_eq!(world.redis.sum(0, "repeats"), 2);

@@ -36,10 +36,7 @@ pub struct Bucket {
 
 impl fmt::Display for Bucket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(slice) = self.slice {
-            write!(f, "{slice}-")?;
-        }
-        write!(f, "{}.{}", self.shard, self.bucket)
+        f.write_str(&String::from_utf8_lossy(&hash_tag(*self)))
     }
 }
 

@@ -6,13 +6,13 @@ use std::{hint::black_box, time::Duration};
 
 use criterion::{BatchSize, Criterion, Throughput};
 use shared::{
-    ids::{OrganizationId, ProjectId, SpanId, TraceId},
+    ids::{ProjectId, SpanId, TraceId},
     shard::ShardId,
     time::UnixMillis,
 };
 use store::{
     chunk::{self, Codec},
-    entry::{EntryHeader, SpanAt},
+    entry::EntryHeader,
     keys::Member,
 };
 use worker::{
@@ -21,7 +21,8 @@ use worker::{
         message::{LoadedEntry, build},
     },
     ingest::{
-        group::{Arrived, GroupLimits, group},
+        group::{Arrived, GroupLimits, Subsegment, group},
+        journal::header,
         parse::parse,
     },
 };
@@ -32,6 +33,10 @@ const SEGMENT: usize = 20;
 /// Spans of an entry.
 const ENTRY: usize = 5;
 const NOW: UnixMillis = UnixMillis(1_700_000_000_000);
+const LIMITS_OF_GROUP: GroupLimits = GroupLimits {
+    spans_max: 1_000,
+    bytes_max: 1 << 20,
+};
 
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
@@ -95,19 +100,34 @@ fn way_in(criterion: &mut Criterion, messages: &[Vec<u8>]) {
             }
         })
     });
-    let limits = GroupLimits {
-        spans_max: 1_000,
-        bytes_max: 1 << 20,
-    };
     let arrived = arrived(messages);
     ingest.bench_function("group", |bencher| {
         bencher.iter_batched(
             || arrived.clone(),
-            |spans| group(spans, &limits),
+            |spans| group(spans, &LIMITS_OF_GROUP),
             BatchSize::LargeInput,
         )
     });
     ingest.finish();
+}
+
+/// What lies in Redis of a segment, entry by entry.
+fn journal(messages: &[Vec<u8>]) -> Vec<(EntryHeader, chunk::Chunk)> {
+    let arrived = arrived(messages);
+    let subsegments = arrived
+        .chunks(ENTRY)
+        .flat_map(|spans| group(spans.to_vec(), &LIMITS_OF_GROUP));
+    let entry = |subsegment: Subsegment<'_>| {
+        let payloads: Vec<_> = subsegment
+            .spans
+            .iter()
+            .map(|span| (span.span.json, &span.span.splice))
+            .collect();
+        let packed = chunk::encode(Codec::None, &payloads);
+        let chunk = chunk::decode(&packed, u64::MAX).unwrap();
+        (header(&subsegment, NOW), chunk)
+    };
+    subsegments.map(entry).collect()
 }
 
 fn way_out(criterion: &mut Criterion, messages: &[Vec<u8>]) {
@@ -120,34 +140,7 @@ fn way_out(criterion: &mut Criterion, messages: &[Vec<u8>]) {
         max_trace_entries: u64::MAX,
     };
     let root = SpanId::new(id(SEGMENT - 1).as_bytes());
-    let spans_of_one = arrived(&messages[..SEGMENT]);
-    let headers: Vec<EntryHeader> = spans_of_one
-        .chunks(ENTRY)
-        .map(|spans| EntryHeader {
-            has_root: spans.iter().any(|span| span.span.parent.is_none()),
-            organization: OrganizationId(1),
-            arrival: NOW,
-            top: root.clone(),
-            spans: spans
-                .iter()
-                .map(|span| SpanAt {
-                    offset: span.offset,
-                    id: span.span.id.clone(),
-                })
-                .collect(),
-            bytes: 5_000,
-        })
-        .collect();
-    let chunks: Vec<chunk::Chunk> = spans_of_one
-        .chunks(ENTRY)
-        .map(|spans| {
-            let payloads: Vec<_> = spans
-                .iter()
-                .map(|span| (span.span.json, &span.span.splice))
-                .collect();
-            chunk::decode(&chunk::encode(Codec::None, &payloads), u64::MAX).unwrap()
-        })
-        .collect();
+    let (headers, chunks): (Vec<_>, Vec<_>) = journal(&messages[..SEGMENT]).into_iter().unzip();
     let mut flush = criterion.benchmark_group("flush of a segment of 20 spans");
     flush.throughput(spans(SEGMENT));
     let entries: Vec<Entry> = headers

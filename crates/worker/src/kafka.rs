@@ -32,20 +32,20 @@ use crate::beat::Beat;
 /// The longest wait for one answer of a broker.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a consumer waits for where librdkafka's own defaults are too long, in milliseconds: a property, another name of it, and our
+/// What a consumer waits for where librdkafka's own defaults are too long, in milliseconds: the names of a property, ours first, and our
 /// value. `kafka.properties` and `kafka.consumer` may say otherwise.
-const CONSUMER_WAITS: &[(&str, &str, &str)] = &[
+const CONSUMER_WAITS: &[(&[&str], &str)] = &[
     // How long a broker holds a fetch back that finds no message. It answers one request of a connection after the other: a question
     // for the ends waits behind that fetch, and the clocks of a partition that is read to its end stand meanwhile. Else 500.
-    ("fetch.wait.max.ms", "", "50"),
+    (&["fetch.wait.max.ms"], "50"),
     // How soon a full prefetch is looked at again. A worker empties one in a third of a second; librdkafka's 1000 would leave it
     // without messages for the rest.
-    ("fetch.queue.backoff.ms", "", "10"),
+    (&["fetch.queue.backoff.ms"], "10"),
 ];
 /// The same for producers.
-const PRODUCER_WAITS: &[(&str, &str, &str)] = &[
+const PRODUCER_WAITS: &[(&[&str], &str)] = &[
     // How long a message is kept to send others with it. What is sent together comes at once here, and is waited for. Else 5.
-    ("linger.ms", "queue.buffering.max.ms", "1"),
+    (&["linger.ms", "queue.buffering.max.ms"], "1"),
 ];
 
 /// How often a pending answer is looked for.
@@ -252,11 +252,11 @@ fn client(kafka: &config::Kafka, purpose: &str) -> ClientConfig {
     client
 }
 
-/// Sets what nobody has said, by neither name.
-fn set_unsaid(client: &mut ClientConfig, waits: &[(&str, &str, &str)]) {
-    for &(name, other, value) in waits {
-        if client.get(name).or_else(|| client.get(other)).is_none() {
-            client.set(name, value);
+/// Sets what nobody has said, by none of its names.
+fn set_unsaid(client: &mut ClientConfig, waits: &[(&[&str], &str)]) {
+    for &(names, value) in waits {
+        if names.iter().all(|name| client.get(name).is_none()) {
+            client.set(names[0], value);
         }
     }
 }

@@ -68,11 +68,15 @@ pub const KEYS: &[Key] = &[
         "",
         "properties of librdkafka for all clients, such as `security.protocol`; those that a key here sets are refused",
     ),
-    key("kafka.consumer", "", "the same for the consumer alone"),
+    key(
+        "kafka.consumer",
+        "",
+        "the same for the consumer alone; `fetch.wait.max.ms` is 50 and `fetch.queue.backoff.ms` 10 where nobody says otherwise",
+    ),
     key(
         "kafka.producer",
         "",
-        "the same for producers alone, such as `compression.type`",
+        "the same for producers alone, such as `compression.type`; `linger.ms` is 1 where nobody says otherwise",
     ),
     key(
         "redis.nodes",

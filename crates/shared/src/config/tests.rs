@@ -140,12 +140,12 @@ fn all_faults_are_told_at_once_each_with_its_place_and_neighbour() {
     );
     let expected = [
         "kafka.broker: no key is called so (did you mean kafka.brokers?)",
-        "kafka.offset_reset: `newest` is none of earliest, latest, none",
+        "kafka.offset_reset: `newest` is not one of earliest, latest, none",
         "buffer.timeout: `60` is no length of time (write 250ms, 60s, 5m or 24h)",
         "buffer.root_timeout: 0 does not mean off here (write at least 1ms)",
         "flush.max_flush_segments: `0` is no whole number from 1 to 100000",
         "buffer.max_insert_bytes: `1MB` is no size (write 512B, 64KiB, 10MiB or 2GiB)",
-        "redis.cluster: `maybe` is none of false, true",
+        "redis.cluster: `maybe` is not one of false, true",
         "redis.buckets: `2000` is no whole number from 1 to 1024",
         "redis.slice: `a` is no whole number from 0 to 4294967295",
         "intake.timeout: no key is called so (did you mean buffer.timeout?)",

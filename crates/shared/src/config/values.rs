@@ -468,7 +468,7 @@ fn one_of<T: Copy>(raw: &mut Raw, path: &'static str, values: &[(&str, T)]) -> T
         return *value;
     }
     let names: Vec<&str> = values.iter().map(|(name, _)| *name).collect();
-    raw.fault(path, format!("`{text}` is none of {}", names.join(", ")));
+    raw.fault(path, format!("`{text}` is not one of {}", names.join(", ")));
     // Any of them: the fault keeps it from being used.
     values[0].1
 }

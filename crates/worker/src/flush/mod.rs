@@ -47,8 +47,8 @@ pub mod upkeep;
 
 /// The longest sleep between two looks at the clocks on the board.
 const SLEEP_MAX: Duration = Duration::from_millis(50);
-/// The next cycle begins so long after one at the earliest, and for each queue so long: to read one takes Redis some 4 µs, and with
-/// thousands of them it would do nothing else. Under load cycles find more to do at once then.
+/// Where nothing due was left, the next cycle begins so long after one at the earliest, and for each queue so long: to read one takes
+/// Redis some 4 µs, and with thousands of them it would do nothing else. Under load cycles find more to do at once then.
 const CYCLE_LEAST: Duration = Duration::from_millis(4);
 const QUEUE_LEAST: Duration = Duration::from_micros(10);
 /// A cycle begins after this long, whatever the deadlines say.
@@ -137,8 +137,8 @@ impl Flush {
         } = queues;
         let mut next = Next::default();
         next.note(not_yet_due);
-        let queues = u32::try_from(clocks.len()).unwrap_or(u32::MAX);
-        let not_before = begun.after(CYCLE_LEAST.max(QUEUE_LEAST.saturating_mul(queues)));
+        let queue_count = u32::try_from(clocks.len()).unwrap_or(u32::MAX);
+        let not_before = begun.after(CYCLE_LEAST.max(QUEUE_LEAST.saturating_mul(queue_count)));
         let (held, due): (Vec<Due>, Vec<Due>) =
             due.into_iter().partition(|due| self.lanes.hold(due));
         // Where the lanes have all that was read, there is nothing to do at once.

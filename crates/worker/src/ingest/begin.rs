@@ -107,7 +107,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         commits,
         intake,
         shards,
-        collected: now,
+        batch_taken: now,
         watched: now,
         renewed: now,
         floored: now,

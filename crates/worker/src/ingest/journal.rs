@@ -23,7 +23,7 @@ const MEMORY_ASKED_FROM: u64 = 64 << 10;
 /// The entries of a trace that gets one entry are counted at one insert in so many: to count costs a seventh of an insert.
 const COUNTED_ONE_IN: u64 = 8;
 /// How many entries a trace is taken to have got since it was counted. One in seventy has got more, (7/8)^32, and may pass a multiple
-/// unseen; one that has got fewer may be looked at early twice.
+/// unseen; one that has got fewer may be looked at early again.
 pub(super) const UNCOUNTED_MAX: u64 = 32;
 
 /// One journal's part of a batch.
@@ -51,6 +51,7 @@ pub struct JournalWrite {
     pub fields: Vec<(Vec<u8>, Vec<u8>)>,
     /// Whether its entries are to be counted.
     pub is_counted: bool,
+    /// Bytes of its new spans, before compression.
     raw_bytes: u64,
     /// Everything that it gets has a good reply.
     pub done: bool,
@@ -93,7 +94,7 @@ impl JournalWrite {
         self.bytes += count(field.len() + chunk.len());
         self.raw_bytes += subsegment.bytes;
         let first = spans.first().map_or(0, |first| first.offset);
-        self.is_counted = !self.fields.is_empty() || is_chosen(first);
+        self.is_counted = !self.fields.is_empty() || is_counted_alone(first);
         self.fields.push((field, chunk));
     }
 
@@ -129,7 +130,8 @@ pub fn header(subsegment: &Subsegment<'_>, arrival: UnixMillis) -> EntryHeader {
 
 /// Whether the entries of a trace are counted that gets one entry, by its offset. Mixed: a trace whose spans come at every eighth
 /// offset would be chosen always or never.
-fn is_chosen(offset: u64) -> bool {
+fn is_counted_alone(offset: u64) -> bool {
+    // 2^64 divided by the golden ratio: neighbours come to lie far apart.
     const MIX: u64 = 0x9e37_79b9_7f4a_7c15;
     offset.wrapping_mul(MIX) <= u64::MAX / COUNTED_ONE_IN
 }

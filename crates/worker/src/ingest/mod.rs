@@ -74,7 +74,7 @@ pub(crate) struct Ingest {
     intake: Intake,
     shards: BTreeMap<ShardId, Shard>,
     /// When the batch before was taken: the next one stays open until `intake.batch_time` after it.
-    collected: MonoNanos,
+    batch_taken: MonoNanos,
     watched: MonoNanos,
     renewed: MonoNanos,
     floored: MonoNanos,
@@ -91,14 +91,13 @@ struct Shard {
 }
 
 impl Shard {
-    /// Makes the clock stand, for readers first: what they got to until then is where it stands.
+    /// Makes the clock stand, for readers first: what they got to until then is where it stands. Between the two words one that has got
+    /// further may see it some microseconds back; the second is not below what any has seen.
     fn stop_clock(&mut self) {
-        let mut running = self.clock.clone();
-        let shown = self.clock.freeze(Clock::mono_now());
-        self.publish(shown);
-        let shown = running.freeze(Clock::mono_now());
-        self.publish(shown);
-        self.clock = running;
+        let standing = self.clock.clone().freeze(Clock::mono_now());
+        self.publish(standing);
+        let standing = self.clock.freeze(Clock::mono_now());
+        self.publish(standing);
     }
 
     fn publish(&self, shown: Option<Shown>) {
@@ -142,7 +141,7 @@ impl Ingest {
         let written = if collected.is_empty() {
             None
         } else {
-            self.collected = Clock::mono_now();
+            self.batch_taken = Clock::mono_now();
             Some(write(
                 &collected,
                 &self.config,
@@ -338,7 +337,7 @@ impl Ingest {
         BatchLimits {
             spans: intake.batch_spans,
             bytes: intake.batch_bytes,
-            until: self.collected.after(intake.batch_time),
+            until: self.batch_taken.after(intake.batch_time),
             idle: IDLE,
         }
     }
