@@ -7,6 +7,8 @@
 //! Knows:  topics, headers, what the broker never takes. Not Redis.
 //! Source: docs/spec.md 5.2–5.4.
 
+use std::iter::Peekable;
+
 use log::{error, warn};
 use shared::config::{Config, MessageKey};
 use store::scripts::FieldOut;
@@ -124,6 +126,20 @@ impl<D: Deliver> Output<D> {
 
     /// Produces all loaded segments.
     pub fn produce(&mut self, loaded: Vec<Loaded>, beat: &mut Beat) -> Vec<Produced> {
+        let (counts, answered) = self.send_all(&loaded, beat);
+        let mut answered = answered.into_iter().peekable();
+        let traces = loaded.into_iter().zip(counts).enumerate();
+        traces
+            .map(|(trace, (loaded, counts))| settle(trace, loaded, counts, &mut answered))
+            .collect()
+    }
+
+    /// Sends all messages; gives what each field of each segment of each trace holds, and what became of each message, in their order.
+    fn send_all(
+        &mut self,
+        loaded: &[Loaded],
+        beat: &mut Beat,
+    ) -> (Vec<Vec<Vec<FieldCount>>>, Vec<Answered>) {
         self.left_open = false;
         let mut round = Round::default();
         let mut counts = Vec::with_capacity(loaded.len());
@@ -148,54 +164,7 @@ impl<D: Deliver> Output<D> {
             counts.push(of_segments);
         }
         self.send_round(&mut round, beat);
-
-        let mut traces: Vec<Produced> = Vec::with_capacity(loaded.len());
-        let mut answered = round.answered.into_iter().peekable();
-        for (
-            trace,
-            Loaded {
-                look,
-                segments,
-                given_up,
-            },
-        ) in loaded.into_iter().enumerate()
-        {
-            let mut produced = Produced {
-                look,
-                fields: given_up,
-                put_off: false,
-            };
-            for (index, LoadedSegment { segment, .. }) in segments.into_iter().enumerate() {
-                let mut outs: Vec<FieldOut> = segment
-                    .entries
-                    .into_iter()
-                    .zip(&counts[trace][index])
-                    .map(|(entry, count)| FieldOut {
-                        field: entry.field,
-                        produced: count.produced,
-                        repeats: count.repeats,
-                        dropped: Vec::new(),
-                    })
-                    .collect();
-                let mut open = vec![false; outs.len()];
-                while let Some(answer) = answered.next_if(|answer| answer.place == (trace, index)) {
-                    match answer.outcome {
-                        Outcome::Acknowledged => {}
-                        Outcome::TooLarge => drop_part(&answer.fields, &mut outs),
-                        Outcome::Open => keep(&answer.fields, &mut open),
-                        Outcome::Nowhere => {
-                            keep(&answer.fields, &mut open);
-                            produced.put_off = true;
-                        }
-                    }
-                }
-                // What went out whole leaves, so that it does not go out again with what did not.
-                let gone = outs.into_iter().zip(open).filter(|(_, open)| !open);
-                produced.fields.extend(gone.map(|(out, _)| out));
-            }
-            traces.push(produced);
-        }
-        traces
+        (counts, round.answered)
     }
 
     /// Sends what has gathered, and keeps of it what became of each message.
@@ -341,6 +310,57 @@ impl<D: Deliver> Output<D> {
     }
 }
 
+/// What of one trace may leave Redis: what went out whole, what will never go out, and what could not be read.
+fn settle(
+    trace: usize,
+    loaded: Loaded,
+    counts: Vec<Vec<FieldCount>>,
+    answered: &mut Peekable<impl Iterator<Item = Answered>>,
+) -> Produced {
+    let mut produced = Produced {
+        look: loaded.look,
+        fields: loaded.given_up,
+        put_off: false,
+    };
+    for (index, (loaded, counts)) in loaded.segments.into_iter().zip(counts).enumerate() {
+        let entries = loaded.segment.entries.into_iter().zip(counts);
+        let outs = entries.map(|(entry, count)| FieldOut {
+            field: entry.field,
+            produced: count.produced,
+            repeats: count.repeats,
+            dropped: Vec::new(),
+        });
+        let answers =
+            std::iter::from_fn(|| answered.next_if(|answer| answer.place == (trace, index)));
+        let (gone, put_off) = settle_segment(outs.collect(), answers);
+        produced.fields.extend(gone);
+        produced.put_off |= put_off;
+    }
+    produced
+}
+
+/// The fields that leave, of all of a segment's, by what became of its messages; and whether one of these can go nowhere.
+fn settle_segment(
+    mut outs: Vec<FieldOut>,
+    answers: impl Iterator<Item = Answered>,
+) -> (Vec<FieldOut>, bool) {
+    let (mut open, mut put_off) = (vec![false; outs.len()], false);
+    for answer in answers {
+        match answer.outcome {
+            Outcome::Acknowledged => {}
+            Outcome::TooLarge => drop_part(&answer.fields, &mut outs),
+            Outcome::Open => keep(&answer.fields, &mut open),
+            Outcome::Nowhere => {
+                keep(&answer.fields, &mut open);
+                put_off = true;
+            }
+        }
+    }
+    // What went out whole leaves, so that it does not go out again with what did not.
+    let gone = outs.into_iter().zip(open).filter(|(_, open)| !open);
+    (gone.map(|(out, _)| out).collect(), put_off)
+}
+
 fn build_parts(
     due: &Due,
     loaded: &LoadedSegment,
@@ -406,6 +426,46 @@ fn drop_part(fields: &[(usize, u64)], outs: &mut [FieldOut]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_field_leaves_when_every_message_with_a_span_of_it_is_settled() {
+        // Two spans each.
+        let outs: Vec<FieldOut> = (0..4)
+            .map(|field| FieldOut {
+                field: vec![field],
+                produced: 2,
+                repeats: 0,
+                dropped: Vec::new(),
+            })
+            .collect();
+        let answer = |fields: &[(usize, u64)], outcome| Answered {
+            place: (0, 0),
+            fields: fields.to_vec(),
+            outcome,
+        };
+        let settled = |answers: Vec<Answered>| {
+            let (gone, put_off) = settle_segment(outs.clone(), answers.into_iter());
+            let gone = gone.into_iter().map(|out| (out.field[0], out.produced));
+            (gone.collect::<Vec<_>>(), put_off)
+        };
+        let (whole, torn) = ([(0, 2), (1, 1)], [(1, 1), (2, 2)]);
+        let [sent, open] = [Outcome::Acknowledged, Outcome::Open];
+        assert_eq!(
+            settled(vec![answer(&whole, sent), answer(&torn, sent)]).0,
+            [(0, 2), (1, 2), (2, 2), (3, 2)]
+        );
+        assert_eq!(
+            settled(vec![answer(&whole, sent), answer(&torn, open)]),
+            (vec![(0, 2), (3, 2)], false)
+        );
+        assert_eq!(
+            settled(vec![
+                answer(&whole, Outcome::TooLarge),
+                answer(&torn, Outcome::Nowhere)
+            ]),
+            (vec![(0, 0), (3, 2)], true)
+        );
+    }
 
     #[test]
     fn spans_of_a_part_that_is_given_up_are_counted_once() {
