@@ -370,6 +370,29 @@ fn replies_that_are_late_and_connections_that_are_cut_mix_no_reply() {
 }
 
 #[test]
+fn a_node_that_a_slot_is_on_its_way_to_is_part_of_its_seat() {
+    let mut cluster = Cluster::start_with(0, &[("cluster-require-full-coverage", "no")]).unwrap();
+    let mut client = client(&cluster, Duration::from_millis(300));
+    assert_distinct(&mut client, 0);
+    let bucket = buckets(&client)[0];
+    let slot = cluster.slot_of(&position_key(bucket)).unwrap();
+    let owner = cluster.owner(slot).unwrap();
+    let to = (owner + 1) % MASTERS;
+    cluster.begin_migration(slot, to).unwrap();
+    let trace = member(77);
+    let entry = [(b"field".to_vec(), b"chunk".to_vec())];
+    // A journal that is new lies at the other node: asked there, acknowledged there.
+    insist(&mut client, &[Command::insert(bucket, &trace, &entry)]);
+    let seat = client.seat(bucket);
+    insist(&mut client, &[Command::entries(bucket, &trace)]);
+    assert_eq!(client.seat(bucket), seat);
+    cluster.node_mut(to).restart_empty().unwrap();
+    let lost = client.run(&[Command::entries(bucket, &trace)]).remove(0);
+    assert!(lost.is_err(), "{lost:?}");
+    assert_ne!(client.seat(bucket), seat, "what it acknowledged is gone");
+}
+
+#[test]
 fn a_position_does_not_follow_its_slot_and_everything_else_does() {
     let cluster = Cluster::start_with(1, &[]).unwrap();
     let mut client = client(&cluster, Duration::from_secs(2));

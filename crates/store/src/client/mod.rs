@@ -7,7 +7,7 @@
 //! Knows:  slots, redirections, unknown scripts. No meaning of any key.
 //! Source: docs/store.md 2, 4; docs/spec.md 9.1.
 
-use std::{panic::resume_unwind, sync::LazyLock, thread, time::Duration};
+use std::{collections::BTreeMap, panic::resume_unwind, sync::LazyLock, thread, time::Duration};
 
 use redis::{RedisError, ServerErrorKind};
 use shared::{
@@ -159,6 +159,8 @@ pub struct Client {
     seeds: usize,
     /// The node of each slot.
     owners: Box<[u16]>,
+    /// Where slots are on their way to: that node has some of their keys, and is not in the map.
+    importing: BTreeMap<u16, usize>,
     is_cluster: bool,
     /// Something said that the map is not true any more.
     is_stale: bool,
@@ -170,7 +172,7 @@ pub struct Client {
     buckets: Buckets,
 }
 
-/// The connection that a bucket's commands go to. Another seat may lack what this one acknowledged.
+/// The connections that a bucket's commands go to. Another seat may lack what this one acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seat {
     node: u16,
@@ -222,6 +224,7 @@ impl Client {
             seeds: nodes.len(),
             nodes,
             owners: vec![owner; usize::from(command::SLOTS)].into(),
+            importing: BTreeMap::new(),
             is_cluster: redis.cluster,
             is_stale: redis.cluster,
             ask_first: None,
@@ -242,11 +245,16 @@ impl Client {
     /// its connection lived.
     #[must_use]
     pub fn seat(&self, bucket: Bucket) -> Seat {
-        let node = self.owners[usize::from(command::slot_of(bucket))];
-        let losses = self.nodes.get(usize::from(node));
+        let slot = command::slot_of(bucket);
+        let node = self.owners[usize::from(slot)];
+        let both = [Some(&usize::from(node)), self.importing.get(&slot)];
+        let nodes = both
+            .into_iter()
+            .flatten()
+            .filter_map(|&node| self.nodes.get(node));
         Seat {
             node,
-            losses: losses.map_or(0, |node| node.losses),
+            losses: nodes.map(|node| node.losses).sum(),
         }
     }
 
@@ -340,6 +348,7 @@ impl Client {
             Redirect::Moved(address) => {
                 let node = self.node_at(&address)?;
                 self.owners[usize::from(command.slot)] = u16::try_from(node).unwrap_or(NOBODY);
+                self.importing.remove(&command.slot);
                 (self.is_stale, self.ask_first) = (true, Some(node));
                 (!command.stays).then_some(Target {
                     node,
@@ -348,11 +357,15 @@ impl Client {
                 })
             }
             // The other node would name an unknown script before it looked at the slot.
-            Redirect::Ask(address) => Some(Target {
-                node: self.node_at(&address)?,
-                asks: true,
-                loads: command.script.is_some(),
-            }),
+            Redirect::Ask(address) => {
+                let node = self.node_at(&address)?;
+                self.importing.insert(command.slot, node);
+                Some(Target {
+                    node,
+                    asks: true,
+                    loads: command.script.is_some(),
+                })
+            }
         }
     }
 
