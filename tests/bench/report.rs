@@ -144,7 +144,14 @@ fn claim(store: &Measured, lateness: &Lateness) -> String {
     for size in [5, 100, 10_000] {
         let ratio = |phase, figure| {
             let ratio = store.ratio(("product", size), ("original", size), phase, figure);
-            ratio.map_or_else(|| "–".into(), |ratio| format!("× {ratio:.2}"))
+            ratio.map_or_else(
+                || "–".into(),
+                // What is a hundredth is not nothing.
+                |ratio| match ratio < 0.01 {
+                    true => format!("× {ratio:.3}"),
+                    false => format!("× {ratio:.2}"),
+                },
+            )
         };
         let cells = [
             ratio("insert", SpansASecond),

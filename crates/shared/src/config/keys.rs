@@ -111,9 +111,9 @@ pub const KEYS: &[Key] = &[
         "",
         "number that sets the keys of several Spanbufs in one Redis apart; empty = none",
     ),
-    // On recorded spans (docs/performance.md) the fastest of the three: 1.6 times as many spans a second on insert as unpacked, for
-    // sending a kilobyte costs more than packing it, in a quarter to a sixth of the memory. zstd takes a quarter less still, for a
-    // third more CPU time of ingest.
+    // On recorded spans (docs/performance.md) the fastest of the three: up to 1.5 times as many spans a second on insert as unpacked, for
+    // sending a kilobyte costs more than packing it, in a quarter to a sixth of the memory. zstd takes a quarter less still, for 1.6
+    // to 1.9 times the CPU time of ingest.
     key(
         "redis.compression",
         "lz4",
