@@ -3,12 +3,15 @@
 #
 #   scripts/kafka.sh up     [--port 9092] [--dir DIR] [--proxied PORT=HOST:PORT]
 #   scripts/kafka.sh topics [--port 9092] [--partitions 8]
+#   scripts/kafka.sh send   [--port 9092] [--topic ingest-spans]
+#   scripts/kafka.sh read   [--port 9092] [--topic buffered-segments]
 #   scripts/kafka.sh status [--dir DIR]
 #   scripts/kafka.sh down   [--dir DIR]
 #   scripts/kafka.sh run    [--port 9092] [--dir DIR] [--proxied PORT=HOST:PORT]
 #
 # `topics` makes the four topics that Spanbuf's configuration names where none is given, the input and the output with that many
 # partitions.
+# `send` sends each line of its input as a message. `read` prints a topic from its beginning, a line a message, until it is interrupted.
 # `run` stays in the foreground, ends with its terminal or its parent, and goes on with the data of an earlier `run` in DIR.
 # --dir      logs, data and the pid; made by `up`, removed by `down`. Default: $SPANBUF_KAFKA_DIR, or spanbuf-kafka-<uid> in
 #            the system's temp directory.
@@ -190,10 +193,25 @@ down() {
   if [ -f "$DIR/$MARK" ]; then rm -rf "$DIR"; fi
 }
 
-topics() {
+need_broker() {
   answers "$PORT" || die "no broker at 127.0.0.1:$PORT (scripts/kafka.sh up --port $PORT)"
   need java default-jre-headless
   load_jars
+}
+
+send() {
+  need_broker
+  run_tool org.apache.kafka.tools.ConsoleProducer --bootstrap-server "127.0.0.1:$PORT" --topic "${TOPIC:-ingest-spans}"
+}
+
+read_topic() {
+  need_broker
+  run_tool org.apache.kafka.tools.consumer.ConsoleConsumer --bootstrap-server "127.0.0.1:$PORT" --from-beginning \
+    --topic "${TOPIC:-buffered-segments}"
+}
+
+topics() {
+  need_broker
   topic ingest-spans "$PARTITIONS"
   topic ingest-spans-dlq 1
   topic buffered-segments "$PARTITIONS" max.message.bytes=11534336
@@ -219,6 +237,7 @@ ORDER=${1:-}
 PORT=9092
 PARTITIONS=8
 PROXIED=
+TOPIC=
 DIR=${SPANBUF_KAFKA_DIR:-${TMPDIR:-/tmp}/spanbuf-kafka-$(id -u)}
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || usage
@@ -227,6 +246,7 @@ while [ $# -gt 0 ]; do
     --dir) DIR=$2 ;;
     --partitions) PARTITIONS=$2 ;;
     --proxied) PROXIED=$2 ;;
+    --topic) TOPIC=$2 ;;
     *) usage ;;
   esac
   shift 2
@@ -240,6 +260,8 @@ case $ORDER in
   up) up ;;
   down) down ;;
   topics) topics ;;
+  send) send ;;
+  read) read_topic ;;
   status) status ;;
   *) usage ;;
 esac
