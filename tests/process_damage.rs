@@ -14,7 +14,7 @@ use stand::{
     traffic::SpanMessage,
 };
 
-use crate::world::{LONG, SHARDS, World, message, span, traffic};
+use crate::world::{LONG, SHARDS, World, message, moves_position, span, traffic};
 
 fn mock(world: &World) -> &MockKafka {
     match &world.kafka {
@@ -48,6 +48,47 @@ fn a_redis_that_went_back_loses_nothing() {
         "{}",
         world.said
     );
+}
+
+/// A batch meets a position that is another one for a moment, as where a node goes back and forth. The batch behind it is read by then, and
+/// finds all as it was: it is not written over the gap.
+#[test]
+fn a_position_that_is_another_one_for_a_moment_leaves_no_gap() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    // Many batches of one shard, one behind the other.
+    world.plan.settings = world.settings("intake.batch_spans = 20\n");
+    let of_one_shard = |seed, first_serial| {
+        let mut messages = traffic(seed, 1_000, first_serial);
+        messages.retain(|message| message.partition == 0);
+        messages
+    };
+    world.start();
+    world.await_healthy();
+    world.send(&of_one_shard(37, 1));
+    world.await_all();
+    // Where a batch stands between its entries and its position, and where it is told of that.
+    let before = world.proxy.hold_when(moves_position());
+    let told = world.proxy.hold_reply_when(moves_position());
+    world.send(&of_one_shard(38, 100_000));
+    assert!(before.reached(LONG), "{}", world.log());
+    move_positions(&world, 1);
+    drop(before);
+    assert!(told.reached(LONG), "{}", world.log());
+    move_positions(&world, -1);
+    drop(told);
+    world.await_all();
+    world.settle_exact();
+    assert!(world.said.contains("another one stands"), "{}", world.said);
+}
+
+fn move_positions(world: &World, by: i64) {
+    for (_, bucket) in world.redis.buckets().filter(|(shard, _)| *shard == 0) {
+        let key = world.redis.key(0, bucket, "pos");
+        let mut connection = world.redis.connection(&key);
+        let mut increment = redis::cmd("HINCRBY");
+        increment.arg(&key).arg("next").arg(by);
+        increment.exec(&mut connection).unwrap();
+    }
 }
 
 #[test]

@@ -61,7 +61,10 @@ const SIZES: [usize; 5] = [1, 5, 100, 10_000, 100_000];
 
 /// One way to keep spans until their segments are due.
 trait Way {
+    /// Inserts a batch; what Redis has to do may still be under way.
     fn insert(&mut self, batch: Vec<Envelope<'_>>);
+    /// Waits until all is in.
+    fn end_insert(&mut self) {}
     fn flush(&mut self) -> Flushed;
 }
 
@@ -212,6 +215,7 @@ fn measure(
     for batch in copies {
         way.insert(batch);
     }
+    way.end_insert();
     let insert = meter.stop(spans);
     let meter = Meter::start(redis);
     let flushed = way.flush();
@@ -240,6 +244,7 @@ fn commands(size: usize, ways: &[String]) {
                 .unwrap();
             if phase == "insert" {
                 batches.iter().for_each(|batch| way.insert(batch.clone()));
+                way.end_insert();
             } else {
                 way.flush();
             }

@@ -25,8 +25,12 @@ use worker::{
         produce::Output,
     },
     ingest::{
-        dlq::{DeadLetters, Settled},
-        insert::{Store, Writing},
+        batch::Counts,
+        clocks::Clocks,
+        dlq::DeadLetters,
+        insert::{Encoded, Store, Writing},
+        journal::Encoder,
+        writer::Writer,
     },
 };
 
@@ -46,8 +50,9 @@ const LATER: UnixMillis = UnixMillis(ARRIVAL.0 + 3_600_000);
 
 pub(crate) struct Product {
     config: Config,
-    store: Store,
-    settled: Settled,
+    encoder: Encoder,
+    dead_letters: DeadLetters,
+    writer: Writer,
     client: Client,
     beat: Beat,
     _board: BoardOwner,
@@ -100,13 +105,10 @@ impl Product {
         let writer = Client::new(&config.redis).unwrap();
         let mut store = Store::new(writer, instance, &config.redis, &config.buffer);
         store.adopt(SHARD, &mut beat).unwrap();
-        let settled = DeadLetters::new(&config.kafka)
-            .unwrap()
-            .settle(&[], &mut beat)
-            .unwrap();
         Self {
-            store,
-            settled,
+            encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
+            dead_letters: DeadLetters::new(&config.kafka).unwrap(),
+            writer: Writer::start(store, Clocks::default(), beat.another()),
             client,
             beat,
             _board: board,
@@ -139,6 +141,13 @@ impl Product {
         Lanes::start((0..count).map(|_| lane()).collect())
     }
 
+    /// The store, when the batch before is in.
+    fn take_store(&mut self) -> Store {
+        let (store, written) = self.writer.take(&self.beat).unwrap();
+        assert!(written.is_none_or(|written| written.inserted.rewind().is_empty()));
+        store
+    }
+
     fn cycle(&mut self, lanes: &mut Lanes<Nobody>) -> bool {
         let (client, beat) = (&mut self.client, &mut self.beat);
         lanes.hear().unwrap();
@@ -157,18 +166,29 @@ impl Way for Product {
             .iter()
             .map(|envelope| envelope.len() as u64)
             .sum::<u64>();
-        let writing = Writing {
-            shard: SHARD,
-            first,
-            next: self.offset,
-            now: ARRIVAL,
-            subsegments: groups(batch),
+        let subsegments = groups(batch);
+        let encoded = Encoded {
+            parts: vec![Writing {
+                shard: SHARD,
+                first,
+                next: self.offset,
+                now: ARRIVAL,
+                latest: ARRIVAL,
+                counts: Counts {
+                    inserted: self.offset - first,
+                    refused: 0,
+                },
+            }],
+            journals: self.encoder.encode(SHARD, ARRIVAL, &subsegments),
+            settled: self.dead_letters.settle(&[], &mut self.beat).unwrap(),
         };
-        let inserted = self
-            .store
-            .insert(&[writing], &self.settled, &mut self.beat)
-            .unwrap();
-        assert!(inserted.rewind().is_empty());
+        let store = self.take_store();
+        self.writer.hand(store, encoded);
+    }
+
+    fn end_insert(&mut self) {
+        let store = self.take_store();
+        self.writer.keep(store);
     }
 
     fn flush(&mut self) -> Flushed {

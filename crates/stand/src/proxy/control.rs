@@ -141,15 +141,17 @@ impl Shared {
         id
     }
 
-    /// The hold that this command is the one for.
-    pub(super) fn claim(&self, arguments: &[&[u8]]) -> Option<(u64, Kind)> {
-        self.lock().holds.iter_mut().find_map(|(&id, hold)| {
+    /// The holds that this command is the one for, in the order in which they were set.
+    pub(super) fn claim(&self, arguments: &[&[u8]]) -> Vec<(u64, Kind)> {
+        let mut control = self.lock();
+        let claim = |(&id, hold): (&u64, &mut HoldState)| {
             let is_wanted = hold.wanted.as_mut().is_some_and(|wanted| wanted(arguments));
             is_wanted.then(|| {
                 hold.wanted = None;
                 (id, hold.kind)
             })
-        })
+        };
+        control.holds.iter_mut().filter_map(claim).collect()
     }
 
     /// Tells that what is to be held stands here, and waits for its release.

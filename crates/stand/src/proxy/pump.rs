@@ -117,14 +117,15 @@ impl Commands<'_> {
                     return Ok(self.kept.len());
                 }
             };
-            match claimed {
-                Some((hold, Kind::Command)) => {
-                    self.send(at)?;
-                    at = 0;
-                    self.shared.stand(hold, self.link)?;
+            for (hold, kind) in claimed {
+                match kind {
+                    Kind::Command => {
+                        self.send(at)?;
+                        at = 0;
+                        self.shared.stand(hold, self.link)?;
+                    }
+                    Kind::Reply => self.link.hold_reply(self.number, hold),
                 }
-                Some((hold, Kind::Reply)) => self.link.hold_reply(self.number, hold),
-                None => {}
             }
             self.number += 1;
             at += length;

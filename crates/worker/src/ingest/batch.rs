@@ -6,8 +6,10 @@
 //! Knows:  parsing and the shards' clocks. No Kafka, no Redis.
 //! Source: docs/spec.md 2, 4; docs/store.md 2.
 
+use std::collections::HashMap;
+
 use shared::{shard::ShardId, time::UnixMillis};
-use store::keys::Buckets;
+use store::keys::{Bucket, Buckets};
 
 use super::{
     group::Arrived,
@@ -70,16 +72,13 @@ pub struct Part<'a> {
     pub standing: u64,
 }
 
-/// Where the buckets of a shard stand: the offset below which each holds everything.
-pub trait Positions {
-    /// The position of bucket `bucket` of the shard, if it has one.
-    fn next(&self, bucket: store::keys::Bucket) -> Option<u64>;
-}
+/// Where buckets stand: the offset below which each holds everything.
+pub type Positions = HashMap<Bucket, u64>;
 
 /// Sorts records by shard, and each shard's into spans and refusals.
 pub fn sort<'a>(
     records: impl IntoIterator<Item = Record<'a>>,
-    positions: &impl Positions,
+    positions: &Positions,
     buckets: Buckets,
 ) -> Vec<Part<'a>> {
     let mut parts: Vec<Part<'a>> = Vec::new();
@@ -109,7 +108,7 @@ impl<'a> Part<'a> {
         }
     }
 
-    fn take(&mut self, record: Record<'a>, positions: &impl Positions, buckets: Buckets) {
+    fn take(&mut self, record: Record<'a>, positions: &Positions, buckets: Buckets) {
         self.next = record.offset + 1;
         self.times.push(record.time);
         let parsed = match record.payload {
@@ -120,8 +119,8 @@ impl<'a> Part<'a> {
             Ok(span) => {
                 let bucket = buckets.of_trace(record.shard, span.project, &span.trace);
                 if positions
-                    .next(bucket)
-                    .is_some_and(|next| record.offset < next)
+                    .get(&bucket)
+                    .is_some_and(|&next| record.offset < next)
                 {
                     self.standing += 1;
                 } else {
@@ -165,25 +164,13 @@ pub struct Counts {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::{collection::vec, prelude::*};
     use shared::ids::{ProjectId, TraceId};
-    use store::keys::Bucket;
 
     use super::*;
 
     const VALID: &[u8] = br#"{"organization_id":1,"project_id":42,"trace_id":"t","span_id":"s","start_timestamp":1,"end_timestamp":2,"received":3,"retention_days":90,"status":"ok"}"#;
     const INVALID: &[u8] = br#"{"organization_id":1}"#;
-
-    #[derive(Debug, Default)]
-    struct At(BTreeMap<Bucket, u64>);
-
-    impl Positions for At {
-        fn next(&self, bucket: Bucket) -> Option<u64> {
-            self.0.get(&bucket).copied()
-        }
-    }
 
     fn record(shard: u32, offset: u64, payload: Option<&[u8]>) -> Record<'_> {
         Record {
@@ -208,7 +195,7 @@ mod tests {
             record(1, 78, Some(VALID)),
             record(3, 13, Some(VALID)),
         ];
-        let parts = sort(records, &At::default(), Buckets::new(None, 1));
+        let parts = sort(records, &Positions::new(), Buckets::new(None, 1));
         let [three, one] = &parts[..] else {
             panic!("{parts:?}")
         };
@@ -265,7 +252,7 @@ mod tests {
         let inserted = |positions: &[(Bucket, u64)]| {
             let parts = sort(
                 records(),
-                &At(positions.iter().copied().collect()),
+                &positions.iter().copied().collect(),
                 Buckets::new(None, 16),
             );
             (parts[0].standing, parts[0].counts().inserted, parts[0].next)
@@ -282,7 +269,7 @@ mod tests {
         ) {
             let payloads = [Some(VALID), Some(INVALID), None];
             let records: Vec<_> = (0..).zip(&kinds).map(|(offset, &(shard, kind))| record(shard, offset, payloads[kind])).collect();
-            let positions = At([(bucket(2, 1), position)].into());
+            let positions = [(bucket(2, 1), position)].into();
             let mut left: Vec<_> = records.iter().map(|record| (record.shard, record.offset)).collect();
             for part in sort(records, &positions, Buckets::new(None, 1)) {
                 let spans = part.spans.iter().map(|arrived| arrived.offset);

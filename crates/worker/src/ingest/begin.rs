@@ -20,14 +20,16 @@ use store::client::{Client, Meta};
 
 use super::{
     Ingest, Shard,
-    clock::InputClock,
+    clocks::Clocks,
     commit::Commits,
     consume::{ConsumeError, Input, committed_of_group},
     dlq::DeadLetters,
     floor::Floor,
     insert::Store,
     intake::Intake,
+    journal::Encoder,
     start::{Known, Source, Start, floor_of, start},
+    writer::Writer,
 };
 use crate::{
     Ended,
@@ -64,7 +66,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     let dead_letters = DeadLetters::new(&config.kafka)?;
 
     let begun = locate(&config, &launch.shards, &mut input, &mut store, &mut beat)?;
-    let mut shards = BTreeMap::new();
+    let (mut shards, clocks) = (BTreeMap::new(), Clocks::default());
     for (&shard, begun) in &begun {
         let (Some(published), Some(ledger)) = (board.clock_writer(shard), board.ledger(shard))
         else {
@@ -74,15 +76,13 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         let kept = board
             .clock(shard)
             .map(|clock| clock.read(MonoNanos(u64::MAX)));
-        let mut shard_begun = Shard {
-            clock: InputClock::new(kept.max(begun.clock)),
-            published,
+        clocks.begin(shard, kept.max(begun.clock), published);
+        let begun = Shard {
+            next: begun.offset(),
             ledger,
             floor: Floor::new(begun.floor),
         };
-        let standing = shard_begun.clock.freeze(Clock::mono_now());
-        shard_begun.publish(standing);
-        shards.insert(shard, shard_begun);
+        shards.insert(shard, begun);
     }
     let mut commits = Commits::default();
     begun
@@ -98,15 +98,18 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     );
     let now = Clock::mono_now();
     Ok(Ingest {
-        config,
         board: board.clone(),
-        beat,
         input,
-        store,
+        positions: store.positions().clone(),
+        encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
+        writer: Writer::start(store, clocks.clone(), beat.another()),
+        clocks,
         dead_letters,
         commits,
         intake,
         shards,
+        config,
+        beat,
         batch_taken: now,
         watched: now,
         renewed: now,

@@ -2,11 +2,12 @@
 //!
 //! In:     the times of messages, the ends of partitions, CLOCK_MONOTONIC as an argument.
 //! Out:    `now` of each batch; `Shown`, what the board tells the readers.
-//! Keeps:  what a reader computes never goes back but by `rewind`; the `now` of a batch is not below what any reader could have seen.
+//! Keeps:  what a reader computes never goes back but by `rewind`; the `now` of a batch is not below what any reader sees before that
+//!         batch is written.
 //! Knows:  time only as arguments. Pure.
 //! Source: docs/spec.md 2.6.
 
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use shared::time::{MonoNanos, UnixMillis};
 
@@ -60,11 +61,28 @@ impl Shown {
     }
 }
 
-/// A batch that is not written yet: its `now`, and the time of its last message.
+/// A batch that is not written yet: its `now`, and the time of its last message; the same, and the clock stands behind it.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     now: UnixMillis,
     last: UnixMillis,
+}
+
+impl Pending {
+    /// Where the clock begins when it is written, one that has reached this; and how far it runs on. A last message far ahead of
+    /// its neighbours takes it nowhere.
+    fn run(&self, reached: UnixMillis) -> (UnixMillis, Duration) {
+        let clock = self.now.max(reached);
+        let further = self.last.since(clock);
+        (
+            clock,
+            if further > REACH {
+                Duration::ZERO
+            } else {
+                further
+            },
+        )
+    }
 }
 
 /// The batch before: its `now`, the moment when that was taken, and the latest time in it.
@@ -81,8 +99,8 @@ pub struct InputClock {
     /// What the readers see; none before there is any time.
     shown: Option<Shown>,
     before: Option<Before>,
-    /// The batch that is not written yet.
-    pending: Option<Pending>,
+    /// The batches that are not written yet, in their order.
+    pending: VecDeque<Pending>,
     /// The latest time that this worker has read.
     latest: Option<UnixMillis>,
 }
@@ -96,7 +114,7 @@ impl InputClock {
         Self {
             shown: start.map(|clock| Shown::standing(clock, MonoNanos::default())),
             before: None,
-            pending: None,
+            pending: VecDeque::new(),
             latest: None,
         }
     }
@@ -107,9 +125,12 @@ impl InputClock {
         self.shown.map(|shown| shown.read(mono))
     }
 
-    /// Makes it stand where it has got to: at a start, or for a batch that begins before it stops by itself. Gives what to show;
-    /// nothing before there is any time.
+    /// Makes it stand where it has got to, and behind each batch that is not written: at a start, or for a batch that begins before it
+    /// stops by itself. Gives what to show; nothing before there is any time.
     pub fn freeze(&mut self, mono: MonoNanos) -> Option<Shown> {
+        for batch in &mut self.pending {
+            batch.last = batch.now;
+        }
         self.shown = self
             .shown
             .map(|shown| Shown::standing(shown.read(mono), mono));
@@ -123,7 +144,7 @@ impl InputClock {
     /// The clock should stand by now, or [`stops_before`](Self::stops_before) them: one that runs is taken for the furthest that
     /// readers may get to.
     pub fn batch(&mut self, times: &[UnixMillis], mono: MonoNanos) -> UnixMillis {
-        let clock = self.shown.map(|shown| shown.furthest());
+        let clock = self.furthest();
         let ahead = times.iter().copied().filter(|&time| Some(time) >= clock);
         let latest = times.iter().copied().max();
         let now = ahead
@@ -134,7 +155,7 @@ impl InputClock {
             at: mono,
             latest,
         });
-        self.pending = Some(Pending {
+        self.pending.push_back(Pending {
             now,
             last: times.last().copied().unwrap_or(now),
         });
@@ -146,28 +167,31 @@ impl InputClock {
     #[must_use]
     pub fn stops_before(&self, times: &[UnixMillis]) -> bool {
         let earliest = times.iter().copied().min();
-        self.shown.map(|shown| shown.furthest()) <= earliest
+        self.furthest() <= earliest
     }
 
-    /// Sets it to the `now` of the batch: all writes of that batch were acknowledged. It runs on to the time of its last message: what
-    /// had come by then is written. Where that is more than 2 s away it stands: a message far ahead of its neighbours must not pull
-    /// it along. Without a batch it stands where it is.
+    /// The most that any reader makes of it before a batch to come is written; none before there is any time.
+    fn furthest(&self) -> Option<UnixMillis> {
+        let shown = self.shown.map(|shown| shown.furthest());
+        self.pending.iter().fold(shown, |reached, batch| {
+            let (clock, further) = batch.run(reached.unwrap_or_default());
+            Some(clock.after(further))
+        })
+    }
+
+    /// Sets it to the `now` of the first batch that was not written: all writes of that one were acknowledged. It runs on to the time of
+    /// its last message: what had come by then is written. Where that is more than 2 s away it stands. Without a batch it stands
+    /// where it is.
     pub fn written(&mut self, mono: MonoNanos) -> Shown {
         let reached = self.now(mono).unwrap_or_default();
-        let shown = match self.pending.take() {
+        let shown = match self.pending.pop_front() {
             None => Shown::standing(reached, mono),
-            Some(Pending { now, last }) => {
-                let clock = now.max(reached);
-                let further = last.since(clock);
-                let until = if further > REACH {
-                    mono
-                } else {
-                    mono.after(further)
-                };
+            Some(batch) => {
+                let (clock, further) = batch.run(reached);
                 Shown {
                     clock,
                     at: mono,
-                    until,
+                    until: mono.after(further),
                 }
             }
         };
@@ -184,7 +208,7 @@ impl InputClock {
         mono: MonoNanos,
         wall_now: UnixMillis,
     ) -> Option<Shown> {
-        if mono.since(confirmed) > REACH || self.pending.is_some() {
+        if mono.since(confirmed) > REACH || !self.pending.is_empty() {
             return None;
         }
         let until = mono.after(REACH);
@@ -306,6 +330,27 @@ mod tests {
         clock.written(ms(19));
         clock.batch(&unix(&[70, 86_400_000]), ms(20));
         assert_eq!(clock.written(ms(21)), shown(70, 21, 21));
+    }
+
+    #[test]
+    fn a_batch_begins_where_the_one_on_its_way_will_let_the_clock_run_to() {
+        let mut clock = InputClock::new(None);
+        clock.batch(&unix(&[40, 60]), ms(0));
+        assert!(clock.stops_before(&unix(&[60, 70])));
+        assert!(!clock.stops_before(&unix(&[59, 70])));
+        // Readers may see 60 before this one is written.
+        assert_eq!(clock.batch(&unix(&[59, 70, 80]), ms(1)), UnixMillis(70));
+        assert_eq!(clock.written(ms(2)), shown(40, 2, 22));
+        assert_eq!(clock.written(ms(3)), shown(70, 3, 13));
+        // Where it has to stand, what is on its way lets it run no further.
+        clock.batch(&unix(&[80, 95]), ms(4));
+        clock.freeze(ms(5));
+        assert_eq!(clock.batch(&unix(&[84, 90]), ms(6)), UnixMillis(84));
+        assert_eq!(clock.written(ms(7)), shown(80, 7, 7));
+        assert_eq!(clock.written(ms(8)), shown(84, 8, 14));
+        // The last message of the one on its way is far ahead of its neighbours.
+        clock.batch(&unix(&[100, 86_400_000]), ms(9));
+        assert_eq!(clock.batch(&unix(&[101]), ms(10)), UnixMillis(101));
     }
 
     #[test]
@@ -500,16 +545,17 @@ mod tests {
                     Call::Freeze => clock.freeze(mono),
                     Call::Batch(times) => {
                         let before = clock.before;
+                        let on_the_way = clock.pending.iter().map(|batch| batch.now.max(batch.last)).max();
                         let now = clock.batch(&times, mono);
                         prop_assert!(now >= seen, "now={now} seen={seen}");
                         // It never leaves its input behind but by time, or where that is below what readers saw.
                         let moved = before.map_or(seen, |before| before.now.after(mono.since(before.at).min(REACH)));
-                        let furthest = board.map_or(seen, |board| board.furthest());
+                        let furthest = board.map_or(seen, |board| board.furthest()).max(on_the_way.unwrap_or_default());
                         prop_assert!(times.contains(&now) || now <= moved.max(furthest));
                         None
                     }
                     Call::Written => {
-                        let pending = clock.pending;
+                        let pending = clock.pending.front().copied();
                         let shown = clock.written(mono);
                         let (now, last) = pending.map_or((shown.clock, shown.clock), |batch| (batch.now, batch.last));
                         prop_assert_eq!(shown.clock, now);
@@ -539,6 +585,8 @@ mod tests {
                     seen = seen.max(board.read(reading));
                     mono = reading;
                 }
+                // What is not written yet will be at its `now` or later: no reader may be there before.
+                prop_assert!(clock.pending.iter().all(|batch| batch.now >= seen), "clock={clock:?} seen={seen}");
             }
         }
     }

@@ -75,6 +75,9 @@ impl ConsumerContext for Events {
     }
 }
 
+/// librdkafka's word that the broker cannot be reached, or refuses.
+pub type Outage = KafkaError;
+
 /// What a call to the consumer may end with.
 #[derive(Debug, thiserror::Error)]
 pub enum ConsumeError {
@@ -211,7 +214,7 @@ pub struct Collected<'c> {
     /// A partition lost its place: its next offset is no longer there.
     pub lost_place: bool,
     /// The broker cannot be reached, or refuses.
-    pub outage: Option<KafkaError>,
+    pub outage: Option<Outage>,
 }
 
 impl Input {
@@ -394,12 +397,6 @@ impl Input {
     /// Closes the consumer, as far as that goes within a moment.
     pub fn close(self) {
         Leaving::start(self.consumer).has_left(CLOSE_WAIT);
-    }
-
-    /// The next offset that is to come: all before it is in Redis, or was never to be.
-    #[must_use]
-    pub fn next(&self, shard: ShardId) -> Option<u64> {
-        self.shards.get(&shard).map(|reading| reading.next)
     }
 
     /// Pauses and resumes shards; polling goes on.
@@ -611,7 +608,7 @@ impl Collected<'_> {
 
     /// Gives the messages back, which have to go before their consumer does: whether a place was lost, and the outage.
     #[must_use]
-    pub fn end(self) -> (bool, Option<KafkaError>) {
+    pub fn end(self) -> (bool, Option<Outage>) {
         (self.lost_place, self.outage)
     }
 

@@ -1,7 +1,7 @@
 //! Writes the entries of a batch into Redis, and then the positions that make them exist.
 //!
-//! In:     the parts of a batch, grouped; `Settled` for its refused messages.
-//! Out:    `Inserted`: the offsets of every shard whose part is wholly in; the shards that have to be read again.
+//! In:     `Encoded`: a batch as entries, its refused messages settled.
+//! Out:    `Inserted`: the parts that are wholly in, with their offsets; the shards that have to be read again.
 //! Keeps:  positions are written after every reply of trip 1 was good; until then nothing of the batch exists for a flusher.
 //! Knows:  the store's write side. No Kafka.
 //! Source: docs/store.md 2, 6.
@@ -20,16 +20,14 @@ use shared::{
     time::UnixMillis,
 };
 use store::{
-    chunk::Codec,
     client::{Client, Command, CommandError, Refusal, Reply, Seat, Value, reply},
     keys::{Bucket, Buckets, Member},
     scripts::{PositionCall, PositionReply},
 };
 
 use super::{
-    batch::Positions,
+    batch::{Counts, Positions},
     dlq::Settled,
-    group::Subsegment,
     journal::{JournalWrite, UNCOUNTED_MAX},
     trip::Trip,
 };
@@ -39,9 +37,9 @@ use crate::{
     beat::{Beat, Reason},
 };
 
-/// One shard's part of a batch, ready to be written.
+/// One shard's part of a batch.
 #[derive(Debug)]
-pub struct Writing<'a> {
+pub struct Writing {
     /// The shard.
     pub shard: ShardId,
     /// The offset of the first record of the part.
@@ -50,22 +48,49 @@ pub struct Writing<'a> {
     pub next: u64,
     /// The shard's `now` of this batch.
     pub now: UnixMillis,
-    /// Its spans, grouped.
-    pub subsegments: Vec<Subsegment<'a>>,
+    /// The latest time of its records.
+    pub latest: UnixMillis,
+    /// What becomes of its records.
+    pub counts: Counts,
+}
+
+/// A batch as entries, ready to be written.
+#[derive(Debug)]
+pub struct Encoded {
+    /// Its shards.
+    pub parts: Vec<Writing>,
+    /// Their entries.
+    pub journals: Vec<JournalWrite>,
+    /// Its refused messages.
+    pub settled: Settled,
+}
+
+impl Encoded {
+    /// Leaves the parts of these shards out: they are read again, from before this batch.
+    pub fn leave_out(&mut self, shards: &[ShardId]) {
+        self.parts.retain(|part| !shards.contains(&part.shard));
+        self.journals
+            .retain(|journal| !shards.contains(&journal.bucket.shard));
+    }
 }
 
 /// What is wholly in Redis, positions included. Only `commit` takes it, and it is made here only.
 #[derive(Debug)]
 pub struct Inserted {
-    offsets: BTreeMap<ShardId, u64>,
+    parts: Vec<Writing>,
     rewind: Vec<ShardId>,
 }
 
 impl Inserted {
-    /// For each shard that is wholly in, the offset behind its part.
+    /// The parts that are wholly in.
     #[must_use]
-    pub fn offsets(&self) -> &BTreeMap<ShardId, u64> {
-        &self.offsets
+    pub fn parts(&self) -> &[Writing] {
+        &self.parts
+    }
+
+    /// For each shard that is wholly in, the offset behind its part.
+    pub fn offsets(&self) -> impl Iterator<Item = (ShardId, u64)> {
+        self.parts.iter().map(|part| (part.shard, part.next))
     }
 
     /// Shards whose position is not what this process wrote last.
@@ -92,17 +117,10 @@ impl crate::Refusal for UnreadablePosition {}
 pub struct Store {
     client: Client,
     instance: String,
-    codec: Codec,
     ttl: Duration,
     buffer: Buffer,
     /// The positions as this process wrote or adopted them last.
-    written: HashMap<Bucket, u64>,
-}
-
-impl Positions for Store {
-    fn next(&self, bucket: Bucket) -> Option<u64> {
-        self.written.get(&bucket).copied()
-    }
+    written: Positions,
 }
 
 impl Store {
@@ -112,11 +130,16 @@ impl Store {
         Self {
             client,
             instance,
-            codec: Codec::from(redis.compression),
             ttl: redis.redis_ttl,
             buffer: buffer.clone(),
-            written: HashMap::new(),
+            written: Positions::new(),
         }
+    }
+
+    /// The positions as they were written or adopted last.
+    #[must_use]
+    pub fn positions(&self) -> &Positions {
+        &self.written
     }
 
     /// How the store is cut into buckets.
@@ -290,15 +313,14 @@ impl Store {
     ///
     /// # Errors
     /// [`Ended::Stopped`] when the supervisor asked for it before all was in: nothing of the batch may be committed then.
-    pub fn insert(
-        &mut self,
-        parts: &[Writing<'_>],
-        settled: &Settled,
-        beat: &mut Beat,
-    ) -> Result<Inserted, Ended> {
+    pub fn insert(&mut self, batch: Encoded, beat: &mut Beat) -> Result<Inserted, Ended> {
+        let Encoded {
+            mut parts,
+            mut journals,
+            settled,
+        } = batch;
         beat.phase(Phase::Redis);
-        let mut rewind = self.first_positions(parts, beat)?;
-        let mut journals = self.encode(parts);
+        let mut rewind = self.first_positions(&parts, beat)?;
         let shards = parts.iter().map(|part| part.shard);
         let mut open: HashSet<Bucket> = shards.flat_map(|shard| self.buckets_of(shard)).collect();
         loop {
@@ -307,7 +329,7 @@ impl Store {
             let seats = self.trip_one(&open, &mut journals, &mut rewind, beat)?;
             let early = self.ask_early_looks(&journals);
             let Left { buckets, error } =
-                self.trip_two(parts, &seats, &journals, settled, &mut rewind, beat)?;
+                self.trip_two(&parts, &seats, &journals, &settled, &mut rewind, beat)?;
             if buckets.is_empty() {
                 break;
             }
@@ -318,22 +340,20 @@ impl Store {
             // Behind a new connection may be a server that never had the entries: its positions say so, and what that node was
             // to get begins again. What lies below a position that was written and stands exists: it may be flushed, and is
             // not written again.
-            rewind.extend(self.confirm(parts, &buckets, beat)?);
+            rewind.extend(self.confirm(&parts, &buckets, beat)?);
             open = buckets.into_iter().collect();
-            open.retain(|bucket| self.written.get(bucket) < next_of(parts, bucket.shard).as_ref());
+            open.retain(|bucket| self.written.get(bucket) < next_of(&parts, bucket.shard).as_ref());
         }
         rewind.sort_unstable();
         rewind.dedup();
-        let whole = parts.iter().filter(|part| !rewind.contains(&part.shard));
-        let offsets = whole.map(|part| (part.shard, part.next)).collect();
-        beat.phase(Phase::Work);
-        Ok(Inserted { offsets, rewind })
+        parts.retain(|part| !rewind.contains(&part.shard));
+        Ok(Inserted { parts, rewind })
     }
 
     /// A bucket gets its first position before its first entry: without one, nothing in it exists.
     fn first_positions(
         &mut self,
-        parts: &[Writing<'_>],
+        parts: &[Writing],
         beat: &mut Beat,
     ) -> Result<Vec<ShardId>, Ended> {
         let mut steps = Vec::new();
@@ -362,35 +382,6 @@ impl Store {
             .zip(answers)
             .filter_map(|(step, answer)| self.stepped(step, answer))
             .collect())
-    }
-
-    /// Headers and chunks of all subsegments, by journal.
-    fn encode(&self, parts: &[Writing<'_>]) -> Vec<JournalWrite> {
-        let mut journals: Vec<JournalWrite> = Vec::new();
-        let mut places: HashMap<(Bucket, Member), usize> = HashMap::new();
-        for part in parts {
-            for subsegment in &part.subsegments {
-                let bucket =
-                    self.buckets()
-                        .of_trace(part.shard, subsegment.project, &subsegment.trace);
-                let member = Member::new(subsegment.project, &subsegment.trace);
-                let place = *places.entry((bucket, member.clone())).or_insert_with(|| {
-                    journals.push(JournalWrite::new(bucket, member, part.now, part.next));
-                    journals.len() - 1
-                });
-                let timeout = if subsegment.has_root {
-                    self.buffer.root_timeout
-                } else {
-                    self.buffer.timeout
-                };
-                let timeout = self
-                    .buffer
-                    .max_segment_age
-                    .map_or(timeout, |age| timeout.min(age));
-                journals[place].add(subsegment, timeout, self.codec);
-            }
-        }
-        journals
     }
 
     /// Trip 1: positions are read, entries and queues written; gives the seat that took all of each bucket. A bucket whose seat
@@ -479,7 +470,7 @@ impl Store {
     /// again: those whose seat is not the one that took their trip 1, or was lost before it answered.
     fn trip_two(
         &mut self,
-        parts: &[Writing<'_>],
+        parts: &[Writing],
         seats: &BTreeMap<Bucket, Seat>,
         journals: &[JournalWrite],
         settled: &Settled,
@@ -552,7 +543,7 @@ impl Store {
     /// the shards that have to be read again.
     fn confirm(
         &mut self,
-        parts: &[Writing<'_>],
+        parts: &[Writing],
         buckets: &[Bucket],
         beat: &mut Beat,
     ) -> Result<Vec<ShardId>, Ended> {
@@ -630,7 +621,7 @@ struct Left {
 }
 
 /// The offset behind a shard's part of the batch.
-fn next_of(parts: &[Writing<'_>], shard: ShardId) -> Option<u64> {
+fn next_of(parts: &[Writing], shard: ShardId) -> Option<u64> {
     let part = parts.iter().find(|part| part.shard == shard);
     part.map(|part| part.next)
 }

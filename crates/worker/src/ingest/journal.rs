@@ -1,18 +1,22 @@
-//! One trace's part of a batch, encoded.
+//! Encodes the subsegments of a batch, trace by trace.
 //!
-//! In:     subsegments, their timeouts.
-//! Out:    entries; when the trace is to be looked at; what of its size is to be asked.
+//! In:     subsegments of one shard, its `now`.
+//! Out:    for each trace its new entries, when it is to be looked at, what of its size is to be asked.
 //! Keeps:  the score is not above the deadline of any segment that the entries may be in.
 //! Knows:  entries and chunks. Pure.
 //! Source: docs/store.md 1, 2.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
-use shared::time::UnixMillis;
+use shared::{
+    config::{Buffer, Redis},
+    shard::ShardId,
+    time::UnixMillis,
+};
 use store::{
     chunk::{self, Codec},
     entry::{EntryHeader, SpanAt},
-    keys::{Bucket, Member},
+    keys::{Bucket, Buckets, Member},
 };
 
 use super::group::{Arrived, Subsegment};
@@ -26,6 +30,67 @@ const COUNTED_ONE_IN: u64 = 8;
 /// unseen; one that has got fewer may be looked at early again.
 pub(super) const UNCOUNTED_MAX: u64 = 32;
 
+/// Makes entries of subsegments.
+#[derive(Debug, Clone)]
+pub struct Encoder {
+    buckets: Buckets,
+    codec: Codec,
+    timeout: Duration,
+    root_timeout: Duration,
+}
+
+impl Encoder {
+    /// An encoder for a store that is cut like this.
+    #[must_use]
+    pub fn new(buckets: Buckets, redis: &Redis, buffer: &Buffer) -> Self {
+        let within_age = |timeout: Duration| {
+            let age = buffer.max_segment_age;
+            age.map_or(timeout, |age| timeout.min(age))
+        };
+        Self {
+            buckets,
+            codec: Codec::from(redis.compression),
+            timeout: within_age(buffer.timeout),
+            root_timeout: within_age(buffer.root_timeout),
+        }
+    }
+
+    /// How the store is cut into buckets.
+    #[must_use]
+    pub fn buckets(&self) -> Buckets {
+        self.buckets
+    }
+
+    /// Headers and chunks of a shard's subsegments, by journal.
+    #[must_use]
+    pub fn encode(
+        &self,
+        shard: ShardId,
+        now: UnixMillis,
+        subsegments: &[Subsegment<'_>],
+    ) -> Vec<JournalWrite> {
+        let mut journals: Vec<JournalWrite> = Vec::new();
+        let mut places: HashMap<Member, usize> = HashMap::new();
+        for subsegment in subsegments {
+            let member = Member::new(subsegment.project, &subsegment.trace);
+            let place = *places.entry(member).or_insert_with_key(|member| {
+                let bucket = self
+                    .buckets
+                    .of_trace(shard, subsegment.project, &subsegment.trace);
+                journals.push(JournalWrite::new(bucket, member.clone(), now));
+                journals.len() - 1
+            });
+            let timeout = if subsegment.has_root {
+                self.root_timeout
+            } else {
+                self.timeout
+            };
+            journals[place].add(subsegment, timeout, self.codec);
+        }
+        journals
+    }
+}
+
 /// One journal's part of a batch.
 #[derive(Debug)]
 pub struct JournalWrite {
@@ -35,8 +100,6 @@ pub struct JournalWrite {
     pub member: Member,
     /// The shard's `now` of the batch.
     pub now: UnixMillis,
-    /// The offset behind the shard's part of the batch: above all of its new entries.
-    pub next: u64,
     /// When the first of its new entries would be due, alone.
     pub score: UnixMillis,
     /// Spans in `fields`.
@@ -60,12 +123,11 @@ pub struct JournalWrite {
 impl JournalWrite {
     /// A journal that gets nothing yet.
     #[must_use]
-    pub fn new(bucket: Bucket, member: Member, now: UnixMillis, next: u64) -> Self {
+    pub fn new(bucket: Bucket, member: Member, now: UnixMillis) -> Self {
         Self {
             bucket,
             member,
             now,
-            next,
             score: UnixMillis::MAX,
             spans: 0,
             entries: None,
@@ -156,7 +218,7 @@ mod tests {
     fn journal() -> JournalWrite {
         let bucket = Buckets::new(None, 1).first(ShardId(0));
         let member = Member::new(ProjectId(1), &TraceId::new(b"t"));
-        JournalWrite::new(bucket, member, UnixMillis(1), 1)
+        JournalWrite::new(bucket, member, UnixMillis(1))
     }
 
     /// One span, as a subsegment.

@@ -10,24 +10,26 @@ use std::{collections::BTreeMap, error::Error, time::Duration};
 
 use log::{debug, info, warn};
 use shared::{
-    board::{Board, ClockWriter, Ledger, Phase},
+    board::{Board, Ledger, Phase},
     config::Config,
     launch::Launch,
     shard::{ShardId, ShardList},
-    time::{Clock, MonoNanos, UnixMillis},
+    time::{Clock, MonoNanos},
 };
 
 use self::{
-    batch::{Counts, sort},
+    batch::{Counts, Positions, sort},
     begin::{locate, read_from},
-    clock::{InputClock, Shown},
+    clocks::Clocks,
     commit::Commits,
-    consume::{BatchLimits, Collected, Input},
+    consume::{BatchLimits, Collected, Input, Outage},
     dlq::DeadLetters,
     floor::Floor,
     group::{GroupLimits, group},
-    insert::{Inserted, Store, Writing},
+    insert::{Encoded, Store, Writing},
     intake::{Flusher, Intake},
+    journal::Encoder,
+    writer::{Writer, Written},
 };
 use crate::{
     Ended,
@@ -38,6 +40,7 @@ use crate::{
 pub mod batch;
 pub mod begin;
 pub mod clock;
+pub mod clocks;
 pub mod commit;
 pub mod consume;
 pub mod dlq;
@@ -50,6 +53,7 @@ pub mod parse;
 mod reading;
 pub mod start;
 pub mod trip;
+pub mod writer;
 
 /// How long a pass waits for a first message: clocks are published between two passes.
 const IDLE: Duration = Duration::from_millis(50);
@@ -68,8 +72,12 @@ pub(crate) struct Ingest {
     board: Board,
     beat: Beat,
     input: Input,
-    store: Store,
+    /// Where the buckets stood when their shards began: what is read below that stands in them already.
+    positions: Positions,
+    encoder: Encoder,
+    clocks: Clocks,
     dead_letters: DeadLetters,
+    writer: Writer,
     commits: Commits,
     intake: Intake,
     shards: BTreeMap<ShardId, Shard>,
@@ -82,35 +90,19 @@ pub(crate) struct Ingest {
     ends_failed: bool,
 }
 
-/// One shard's clock and counts.
+/// One pass's reading.
+struct Read {
+    encoded: Encoded,
+    lost_place: bool,
+    outage: Option<Outage>,
+}
+
+/// One shard's place and counts.
 struct Shard {
-    clock: InputClock,
-    published: ClockWriter,
+    /// All before it is in Redis, or was never to be.
+    next: u64,
     ledger: Ledger,
     floor: Floor,
-}
-
-impl Shard {
-    /// Makes the clock stand, for readers first: what they got to until then is where it stands. Between the two words one that has got
-    /// further may see it some microseconds back; the second is not below what any has seen.
-    fn stop_clock(&mut self) {
-        let standing = self.clock.clone().freeze(Clock::mono_now());
-        self.publish(standing);
-        let standing = self.clock.freeze(Clock::mono_now());
-        self.publish(standing);
-    }
-
-    fn publish(&self, shown: Option<Shown>) {
-        if let Some(Shown { clock, at, until }) = shown {
-            self.published.publish(clock, at, until);
-        }
-    }
-}
-
-/// A batch that is in Redis, and what it held.
-struct Written {
-    inserted: Inserted,
-    counts: Vec<(ShardId, Counts, UnixMillis)>,
 }
 
 /// Inserts until it is asked to stop.
@@ -126,41 +118,28 @@ impl Ingest {
         loop {
             if let Err(ended) = self.beat.go_on().and_then(|()| self.pass()) {
                 crate::drain(&mut self.beat);
-                self.commits.send_last(&self.input);
-                self.input.close();
-                return ended;
+                return self.end(ended);
             }
         }
     }
 
-    /// The whole way, once.
+    /// The whole way, once. What is read goes into Redis while the next pass reads.
     fn pass(&mut self) -> Result<(), Ended> {
         self.steer_intake()?;
-        self.beat.phase(Phase::Idle);
-        let collected = self.input.collect(&self.limits());
-        let written = if collected.is_empty() {
-            None
-        } else {
-            self.batch_taken = Clock::mono_now();
-            Some(write(
-                &collected,
-                &self.config,
-                &mut self.shards,
-                &mut self.store,
-                &mut self.dead_letters,
-                &mut self.beat,
-            )?)
-        };
-        let ends = collected.ends().to_vec();
-        let (lost_place, outage) = collected.end();
-        let mut again = written.map_or_else(Vec::new, |written| self.settle(&written));
-        self.input.came_to_end(&ends);
+        let Read {
+            mut encoded,
+            lost_place,
+            outage,
+        } = self.read()?;
+        let (mut store, mut again) = self.take_store()?;
+        again.extend(self.watch(&mut store)?);
+        self.judge_floors(&mut store)?;
+        encoded.leave_out(&again);
+        self.writer.hand(store, encoded);
         if lost_place {
             again = self.shards.keys().copied().collect();
         }
-        again.extend(self.watch()?);
         self.read_again(again)?;
-        self.judge_floors()?;
         self.commits.send_due(&self.input);
         self.run_clocks(outage.is_some())?;
         if let Some(outage) = outage {
@@ -173,6 +152,62 @@ impl Ingest {
         }
         self.beat.turn_done();
         Ok(())
+    }
+
+    /// Lets the batch that is on its way come into Redis, and commits what is there.
+    fn end(self, ended: Ended) -> Ended {
+        let Self {
+            writer,
+            input,
+            mut commits,
+            beat,
+            mut shards,
+            ..
+        } = self;
+        if let Some(written) = writer.end(&beat) {
+            note(&written, &mut shards, &mut commits);
+        }
+        commits.send_last(&input);
+        input.close();
+        ended
+    }
+
+    /// Reads one batch and encodes it.
+    fn read(&mut self) -> Result<Read, Ended> {
+        self.beat.phase(Phase::Idle);
+        let collected = self.input.collect(&self.limits());
+        if !collected.is_empty() {
+            self.batch_taken = Clock::mono_now();
+            self.beat.worked(Reason::Kafka);
+            self.beat.phase(Phase::Work);
+        }
+        let encoded = encode(
+            &collected,
+            &self.config,
+            &self.positions,
+            &self.encoder,
+            &self.clocks,
+            &mut self.dead_letters,
+            &mut self.beat,
+        )?;
+        let ends = collected.ends().to_vec();
+        let (lost_place, outage) = collected.end();
+        for part in &encoded.parts {
+            self.input.advance(part.shard, part.next);
+        }
+        self.input.came_to_end(&ends);
+        Ok(Read {
+            encoded,
+            lost_place,
+            outage,
+        })
+    }
+
+    /// Takes the store; what was handed over is in Redis now. Gives the shards that have to be read again.
+    fn take_store(&mut self) -> Result<(Store, Vec<ShardId>), Ended> {
+        let (store, written) = self.writer.take(&self.beat)?;
+        let again = written.map(|written| note(&written, &mut self.shards, &mut self.commits));
+        Ok((store, again.unwrap_or_default()))
     }
 
     /// Waits for Kafka; when that takes long, the consumer is made anew.
@@ -207,29 +242,8 @@ impl Ingest {
         Ok(())
     }
 
-    /// Notes what is in Redis: for commits, clocks and the ledger. Gives the shards that have to be read again.
-    fn settle(&mut self, written: &Written) -> Vec<ShardId> {
-        let mono = Clock::mono_now();
-        self.commits.add(&written.inserted);
-        for (id, counts, latest) in &written.counts {
-            let (Some(&next), Some(shard)) =
-                (written.inserted.offsets().get(id), self.shards.get_mut(id))
-            else {
-                continue;
-            };
-            self.input.advance(*id, next);
-            shard.ledger.consumed(counts.inserted + counts.refused);
-            shard.ledger.inserted(counts.inserted);
-            shard.ledger.refused(counts.refused);
-            let shown = shard.clock.written(mono);
-            shard.floor.note(*latest.max(&shown.clock), next);
-            shard.publish(Some(shown));
-        }
-        written.inserted.rewind().to_vec()
-    }
-
     /// Now and then: reads the positions of all shards, and renews what must not expire. Gives the shards that have to be read again.
-    fn watch(&mut self) -> Result<Vec<ShardId>, Ended> {
+    fn watch(&mut self, store: &mut Store) -> Result<Vec<ShardId>, Ended> {
         let now = Clock::mono_now();
         if now.since(self.watched) < WATCH_EVERY {
             return Ok(Vec::new());
@@ -238,53 +252,57 @@ impl Ingest {
         let shards: Vec<ShardId> = self.shards.keys().copied().collect();
         if now.since(self.renewed) >= RENEW_EVERY {
             self.renewed = now;
-            self.store.renew(&shards, &mut self.beat)?;
+            store.renew(&shards, &mut self.beat)?;
         }
-        self.store.watch(&shards, &mut self.beat)
+        store.watch(&shards, &mut self.beat)
     }
 
-    /// Reads shards again from where the store says: a node went back, or their place is gone from the topic.
+    /// Reads shards again: a node went back, or their place is gone from the topic. What was handed over comes into Redis first: it may be
+    /// gone from the topic as well.
     fn read_again(&mut self, mut again: Vec<ShardId>) -> Result<(), Ended> {
+        if again.is_empty() {
+            return Ok(());
+        }
+        let (mut store, more) = self.take_store()?;
+        again.extend(more);
         again.sort_unstable();
         again.dedup();
-        // An empty list is none.
-        let Ok(again) = ShardList::new(again) else {
-            return Ok(());
-        };
+        if let Ok(again) = ShardList::new(again) {
+            self.begin_again(&again, &mut store)?;
+        }
+        self.writer.keep(store);
+        Ok(())
+    }
+
+    /// Begins shards again where the store says.
+    fn begin_again(&mut self, again: &ShardList, store: &mut Store) -> Result<(), Ended> {
         warn!("read again shards={again}: from their positions");
         self.beat.wait(AGAIN_AFTER);
         self.beat.go_on()?;
         again.iter().for_each(|shard| self.commits.forget(shard));
-        let begun = locate(
-            &self.config,
-            &again,
-            &mut self.input,
-            &mut self.store,
-            &mut self.beat,
-        )?;
-        for (id, begun) in &begun {
-            let Some(shard) = self.shards.get_mut(id) else {
+        let begun = locate(&self.config, again, &mut self.input, store, &mut self.beat)?;
+        for (&id, begun) in &begun {
+            let Some(shard) = self.shards.get_mut(&id) else {
                 continue;
             };
+            shard.next = begun.offset();
             shard.floor.rewind(begun.offset());
-            self.commits.set_floor(*id, shard.floor.offset());
-            match shard.clock.rewind(begun.clock, Clock::mono_now()) {
-                None => shard.published.unknown(),
-                shown => shard.publish(shown),
-            }
+            self.commits.set_floor(id, shard.floor.offset());
+            self.clocks.rewind(id, begun.clock);
         }
+        self.positions.clone_from(store.positions());
         read_from(&begun, &mut self.input, &mut self.commits, &mut self.beat)
     }
 
     /// Once a minute: what each commit says of where to begin, should Redis lose everything.
-    fn judge_floors(&mut self) -> Result<(), Ended> {
+    fn judge_floors(&mut self, store: &mut Store) -> Result<(), Ended> {
         let now = Clock::mono_now();
         if now.since(self.floored) < FLOOR_EVERY {
             return Ok(());
         }
         self.floored = now;
         let shards: Vec<ShardId> = self.shards.keys().copied().collect();
-        let lowest = self.store.lowest_scores(&shards, &mut self.beat)?;
+        let lowest = store.lowest_scores(&shards, &mut self.beat)?;
         // Without a limit of age, a trace lives as long as its journal.
         let age = self
             .config
@@ -292,14 +310,13 @@ impl Ingest {
             .max_segment_age
             .unwrap_or(self.config.redis.redis_ttl);
         for (id, lowest) in shards.into_iter().zip(lowest) {
-            let (Some(shard), Some(position)) = (self.shards.get_mut(&id), self.input.next(id))
-            else {
+            let Some(shard) = self.shards.get_mut(&id) else {
                 continue;
             };
-            shard.floor.judge(position, lowest, age);
+            shard.floor.judge(shard.next, lowest, age);
             self.commits.set_floor(id, shard.floor.offset());
             // An idle shard's commit is sent again: it carries the floor, and the one before may have failed.
-            self.commits.add_start(id, position);
+            self.commits.add_start(id, shard.next);
         }
         Ok(())
     }
@@ -323,10 +340,9 @@ impl Ingest {
             }
         }
         let (mono, wall_now) = (Clock::mono_now(), Clock::wall_now());
-        for (&id, shard) in &mut self.shards {
-            if let Some(confirmed) = self.input.at_end(id) {
-                let shown = shard.clock.at_end(confirmed, mono, wall_now);
-                shard.publish(shown);
+        for &shard in self.shards.keys() {
+            if let Some(confirmed) = self.input.at_end(shard) {
+                self.clocks.at_end(shard, confirmed, mono, wall_now);
             }
         }
         Ok(())
@@ -343,49 +359,69 @@ impl Ingest {
     }
 }
 
-/// Parses, groups and inserts one batch. The clocks of its shards do not get past its `now` meanwhile.
-fn write(
+/// Parses, groups and encodes one batch; the clocks of its shards do not get past its `now` until it is written. Its refused messages are
+/// settled.
+fn encode(
     collected: &Collected<'_>,
     config: &Config,
-    shards: &mut BTreeMap<ShardId, Shard>,
-    store: &mut Store,
+    positions: &Positions,
+    encoder: &Encoder,
+    clocks: &Clocks,
     dead_letters: &mut DeadLetters,
     beat: &mut Beat,
-) -> Result<Written, Ended> {
-    beat.worked(Reason::Kafka);
-    beat.phase(Phase::Work);
-    let group_limits = GroupLimits {
+) -> Result<Encoded, Ended> {
+    let limits = GroupLimits {
         spans_max: config.buffer.max_spans_per_insert,
         bytes_max: config.buffer.max_insert_bytes,
     };
-    let (mut writings, mut refused, mut counts) = (Vec::new(), Vec::new(), Vec::new());
-    for part in sort(
-        collected.records(Clock::wall_now()),
-        &*store,
-        store.buckets(),
-    ) {
+    let (mut parts, mut journals, mut refused) = (Vec::new(), Vec::new(), Vec::new());
+    let records = collected.records(Clock::wall_now());
+    for part in sort(records, positions, encoder.buckets()) {
         // Only assigned partitions are read.
-        let Some(shard) = shards.get_mut(&part.shard) else {
+        let Some(now) = clocks.batch(part.shard, &part.times) else {
             continue;
         };
-        if !shard.clock.stops_before(&part.times) {
-            shard.stop_clock();
-        }
-        let now = shard.clock.batch(&part.times, Clock::mono_now());
-        let latest = part.times.iter().copied().max().unwrap_or(now);
-        counts.push((part.shard, part.counts(), latest));
-        writings.push(Writing {
+        parts.push(Writing {
             shard: part.shard,
             first: part.first,
             next: part.next,
             now,
-            subsegments: group(part.spans, &group_limits),
+            latest: part.times.iter().copied().max().unwrap_or(now),
+            counts: part.counts(),
         });
+        let subsegments = group(part.spans, &limits);
+        journals.extend(encoder.encode(part.shard, now, &subsegments));
         refused.extend(part.refused);
     }
     let settled = dead_letters.settle(&refused, beat)?;
-    let inserted = store.insert(&writings, &settled, beat)?;
-    Ok(Written { inserted, counts })
+    Ok(Encoded {
+        parts,
+        journals,
+        settled,
+    })
+}
+
+/// Notes what is in Redis: for commits, floors and the ledger. Gives the shards that have to be read again.
+fn note(
+    written: &Written,
+    shards: &mut BTreeMap<ShardId, Shard>,
+    commits: &mut Commits,
+) -> Vec<ShardId> {
+    let Written { inserted, reached } = written;
+    commits.add(inserted);
+    for part in inserted.parts() {
+        let (Some(&clock), Some(shard)) = (reached.get(&part.shard), shards.get_mut(&part.shard))
+        else {
+            continue;
+        };
+        shard.next = part.next;
+        let Counts { inserted, refused } = part.counts;
+        shard.ledger.consumed(inserted + refused);
+        shard.ledger.inserted(inserted);
+        shard.ledger.refused(refused);
+        shard.floor.note(part.latest.max(clock), part.next);
+    }
+    inserted.rewind().to_vec()
 }
 
 impl std::fmt::Debug for Ingest {

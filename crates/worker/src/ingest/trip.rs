@@ -222,7 +222,7 @@ mod tests {
     fn journals() -> Vec<JournalWrite> {
         let journal = |bucket: Bucket| {
             let member = Member::new(ProjectId(1), &TraceId::new(b"t"));
-            JournalWrite::new(bucket, member, UnixMillis(1), 1)
+            JournalWrite::new(bucket, member, UnixMillis(1))
         };
         buckets().into_iter().map(journal).collect()
     }

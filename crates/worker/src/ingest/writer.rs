@@ -1,0 +1,146 @@
+//! The stage that writes: a batch goes into Redis on a thread of its own, while the next one is read, parsed and encoded.
+//!
+//! In:     `Encoded`, one at a time.
+//! Out:    `Inserted`; and at once, whatever the reader does meanwhile, the clocks on the board.
+//! Keeps:  the store goes with its batch and comes back with what became of it: no batch is handed over before what the one before
+//!         met is known, and nobody else asks the store meanwhile. A panic of the thread ends the process.
+//! Knows:  the order: insert, then the clocks. No Kafka.
+//! Source: docs/spec.md 2.6, 4; docs/house.md 3.
+
+use std::{
+    panic::resume_unwind,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use shared::{board::Phase, time::Clock};
+
+use super::{
+    clocks::{Clocks, Reached},
+    insert::{Encoded, Inserted, Store},
+};
+use crate::{Ended, beat::Beat};
+
+/// How long one wait for the other side may last: both show progress in between.
+const SLICE: Duration = Duration::from_millis(250);
+
+/// The thread that writes, and the store when that is here.
+#[derive(Debug)]
+pub struct Writer {
+    work: Sender<(Store, Encoded)>,
+    done: Receiver<(Store, Result<Written, Ended>)>,
+    thread: JoinHandle<()>,
+    here: Option<Store>,
+}
+
+/// A batch that is in Redis, and what its clocks show.
+#[derive(Debug)]
+pub struct Written {
+    /// What is in.
+    pub inserted: Inserted,
+    /// The clocks of its shards.
+    pub reached: Reached,
+}
+
+impl Writer {
+    /// Starts the thread, with a hold of its own on the worker's slot.
+    #[must_use]
+    pub fn start(store: Store, clocks: Clocks, mut beat: Beat) -> Self {
+        // There is one store: neither side ever has two to send.
+        let (work, taken) = bounded(1);
+        let (say, done) = bounded(1);
+        let thread = thread::spawn(move || write_all(&taken, &say, &clocks, &mut beat));
+        Self {
+            work,
+            done,
+            thread,
+            here: Some(store),
+        }
+    }
+
+    /// Gives the store, and what was handed over since it was last taken: it is in Redis now.
+    ///
+    /// # Errors
+    /// [`Ended::Stopped`] when the supervisor asked for it before all was in.
+    pub fn take(&mut self, beat: &Beat) -> Result<(Store, Option<Written>), Ended> {
+        if let Some(store) = self.here.take() {
+            return Ok((store, None));
+        }
+        loop {
+            match self.done.recv_timeout(SLICE) {
+                Ok((store, written)) => return Ok((store, Some(written?))),
+                // The thread ends by itself, once it hears of a stop.
+                Err(RecvTimeoutError::Timeout) => beat.progress(),
+                Err(RecvTimeoutError::Disconnected) => return Err(Ended::Stopped),
+            }
+        }
+    }
+
+    /// Hands a batch over, with the store; one without parts is none.
+    pub fn hand(&mut self, store: Store, batch: Encoded) {
+        if batch.parts.is_empty() {
+            self.keep(store);
+        } else {
+            // Where the thread is gone, taking the store back says so.
+            drop(self.work.send((store, batch)));
+        }
+    }
+
+    /// Keeps the store until it is taken again.
+    pub fn keep(&mut self, store: Store) {
+        self.here = Some(store);
+    }
+
+    /// Lets the thread end what it has; gives what it wrote.
+    pub fn end(self, beat: &Beat) -> Option<Written> {
+        drop(self.work);
+        let mut written = None;
+        loop {
+            match self.done.recv_timeout(SLICE) {
+                // A stop kept it from coming in: the next start reads it again.
+                Ok((_, last)) => written = last.ok(),
+                Err(RecvTimeoutError::Timeout) => beat.progress(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        let ended = self.thread.join();
+        ended.unwrap_or_else(|panic| resume_unwind(panic));
+        written
+    }
+}
+
+fn write_all(
+    taken: &Receiver<(Store, Encoded)>,
+    say: &Sender<(Store, Result<Written, Ended>)>,
+    clocks: &Clocks,
+    beat: &mut Beat,
+) {
+    loop {
+        match taken.recv_timeout(SLICE) {
+            Ok((mut store, batch)) => {
+                let written = write(&mut store, batch, clocks, beat);
+                let is_over = written.is_err();
+                // Where nobody listens any more, nobody commits.
+                drop(say.send((store, written)));
+                if is_over {
+                    return;
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        beat.phase(Phase::Idle);
+    }
+}
+
+fn write(
+    store: &mut Store,
+    batch: Encoded,
+    clocks: &Clocks,
+    beat: &mut Beat,
+) -> Result<Written, Ended> {
+    let inserted = store.insert(batch, beat)?;
+    let reached = clocks.written(&inserted, Clock::mono_now());
+    Ok(Written { inserted, reached })
+}
