@@ -97,6 +97,59 @@ fn a_sum_that_is_none_keeps_back_all_that_could_not_be_counted() {
 }
 
 #[test]
+fn a_call_that_says_wrongly_what_goes_is_refused_before_it_writes() {
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(5));
+    put(&mut client, 0);
+    let mut connection = redis.connection().unwrap();
+    let mut call = |plan: &str, fields: &[&str]| {
+        let mut eval = redis::cmd("EVAL");
+        eval.arg(include_str!("../lua/clear.lua")).arg(3);
+        eval.arg(queue_key(BUCKET)).arg(sum_key(BUCKET));
+        eval.arg(journal_key(BUCKET, &member(0)));
+        eval.arg(1_000).arg(1_000).arg(plan).arg(fields);
+        eval.query::<Vec<u64>>(&mut connection)
+    };
+    for (plan, fields) in [
+        ("", &["a"][..]),
+        ("7", &["a"]),
+        ("[1,false]", &["a"]),
+        ("[1,false,2]", &[]),
+        ("[1,false,2]", &["a", "b"]),
+        ("[1,false,2,2]", &["a"]),
+        ("[1,null,2]", &["a"]),
+        ("[1,\"7\",2]", &["a"]),
+        ("[-1,false,2]", &["a"]),
+        ("[1,false,-2]", &["a"]),
+        ("[1,false,[2,1]]", &["a"]),
+        ("[1,false,[2,1,[[\"corrupt\"]]]]", &["a"]),
+        ("[1,false,[2,1,[[3,4]]]]", &["a"]),
+        ("[1,false,[2,1,[4]]]", &["a"]),
+    ] {
+        let refused = call(plan, fields).unwrap_err().to_string();
+        assert!(refused.contains("script"), "{plan}: {refused}");
+    }
+    let commands = [
+        Command::entries(BUCKET, &member(0)),
+        Command::sum(BUCKET),
+        Command::queue_len(BUCKET),
+    ];
+    let answers = run_all(&mut client, &commands);
+    assert_eq!(reply::count(&answers[0]), 1);
+    assert!(reply::counters(&answers[1]).is_empty());
+    assert_eq!(reply::count(&answers[2]), 1);
+    let cleared = call("[1,false,[2,1,[[\"corrupt\",3]]]]", &["a"]);
+    assert_eq!(cleared.unwrap(), [1, 0]);
+    let mut counters = reply::counters(&run_all(&mut client, &commands)[1]);
+    counters.sort();
+    let expected = [("dropped:corrupt", 3), ("produced", 2), ("repeats", 1)];
+    assert_eq!(
+        counters,
+        expected.map(|(name, amount)| (name.to_owned(), amount))
+    );
+}
+
+#[test]
 fn what_a_clear_leaves_lives_on() {
     let redis = Redis::start().unwrap();
     let mut client = client(&redis, Duration::from_secs(5));

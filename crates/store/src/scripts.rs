@@ -9,6 +9,7 @@
 use std::{sync::LazyLock, time::Duration};
 
 use redis::{Cmd, Script, Value};
+use serde::Serialize;
 use shared::time::{UnixMillis, millis};
 
 use crate::{
@@ -236,6 +237,20 @@ pub struct FieldOut {
     pub dropped: Vec<(&'static str, u64)>,
 }
 
+/// One element of what goes, as `clear.lua` reads it.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Element<'a> {
+    /// Fields of a journal.
+    Fields(usize),
+    NextLook(UnixMillis),
+    /// No next look.
+    None(bool),
+    Produced(u64),
+    /// Spans produced, repeats, and spans dropped by reason.
+    Amounts(u64, u64, &'a [(&'static str, u64)]),
+}
+
 /// What a clear did to one journal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClearReply {
@@ -258,30 +273,37 @@ impl ClearCall {
         let journals = self.traces.iter();
         keys.extend(journals.map(|trace| journal_key(self.bucket, &trace.member)));
         let mut call = CLEAR.call(&keys);
-        call.arg(millis(self.ttl)).arg(millis(long_ttl(self.ttl)));
-        for trace in &self.traces {
-            let next_look = trace
-                .next_look
-                .map_or_else(String::new, |next_look| next_look.to_string());
-            call.arg(trace.member.as_bytes())
-                .arg(next_look)
-                .arg(trace.fields.len());
-            for out in &trace.fields {
-                call.arg(&out.field[..]);
-                if out.repeats == 0 && out.dropped.is_empty() {
-                    call.arg(out.produced);
-                    continue;
-                }
-                call.arg("+")
-                    .arg(out.produced)
-                    .arg(out.repeats)
-                    .arg(out.dropped.len());
-                for (reason, spans) in &out.dropped {
-                    call.arg(reason).arg(spans);
-                }
-            }
-        }
+        call.arg(millis(self.ttl))
+            .arg(millis(long_ttl(self.ttl)))
+            .arg(self.plan());
+        let fields = self.traces.iter().flat_map(|trace| &trace.fields);
+        fields.for_each(|out| {
+            call.arg(&out.field[..]);
+        });
         Command::script(self.bucket, &CLEAR, call)
+    }
+
+    /// What goes, in one argument: to take each number over by itself would be most of what the call costs the server.
+    fn plan(&self) -> Vec<u8> {
+        let mut plan = Vec::with_capacity(3 * self.traces.len());
+        for trace in &self.traces {
+            let next_look = trace.next_look.map(Element::NextLook);
+            plan.push(Element::Fields(trace.fields.len()));
+            plan.push(next_look.unwrap_or(Element::None(false)));
+            plan.extend(trace.fields.iter().map(FieldOut::element));
+        }
+        // Numbers and names are always JSON; an empty argument would be refused.
+        serde_json::to_vec(&plan).unwrap_or_default()
+    }
+}
+
+impl FieldOut {
+    fn element(&self) -> Element<'_> {
+        if self.repeats == 0 && self.dropped.is_empty() {
+            Element::Produced(self.produced)
+        } else {
+            Element::Amounts(self.produced, self.repeats, &self.dropped)
+        }
     }
 }
 
