@@ -293,6 +293,35 @@ fn missing_topics_and_partitions_are_refused_and_a_low_limit_is_obeyed() {
     world.settle_exact();
 }
 
+#[test]
+fn a_check_refuses_another_number_of_buckets_where_spans_stand() {
+    let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+    world.start();
+    world.send(&traffic(6, 200, 1));
+    stand::eventually(LONG, "spans in redis", || {
+        (world.redis.inserted() >= 100).then_some(())
+    });
+    let (brokers, nodes) = (world.kafka.brokers(), world.proxy.addresses());
+    let mut variables = vec![
+        ("SPANBUF_KAFKA__BROKERS", brokers.as_str()),
+        ("SPANBUF_REDIS__NODES", nodes.as_str()),
+        ("SPANBUF_REDIS__BUCKETS", "7"),
+    ];
+    if world.redis.is_cluster() {
+        variables.push(("SPANBUF_REDIS__CLUSTER", "true"));
+        variables.push(("SPANBUF_REDIS__SLICE", "3"));
+    }
+    let arguments = ["--check", "--shards", "0-3"];
+    let Run { status, text } = run("supervisor", &arguments, &variables, LONG).unwrap();
+    assert_eq!(status.code(), Some(78), "{text}");
+    assert!(
+        text.contains("not ok: redis") && text.contains("redis.buckets"),
+        "{text}"
+    );
+    world.await_all();
+    world.settle_exact();
+}
+
 /// Spans that no message of a topic of small ones can hold.
 const LARGE: u64 = 20;
 

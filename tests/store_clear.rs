@@ -150,6 +150,35 @@ fn a_call_that_says_wrongly_what_goes_is_refused_before_it_writes() {
 }
 
 #[test]
+fn a_queue_takes_more_members_than_lua_passes_at_once() {
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(5));
+    for apart in [0, 1] {
+        let call = QueueCall {
+            bucket: BUCKET,
+            ttl: TTL,
+            mode: QueueMode::Lower,
+            members: (0..5_001)
+                .map(|trace| {
+                    (
+                        member(trace),
+                        UnixMillis(9_000 - 2_000 * apart - apart * trace % 7),
+                    )
+                })
+                .collect(),
+        };
+        let changed = run_all(&mut client, &[call.command()]);
+        assert_eq!(reply::count(&changed[0]), 5_001);
+        let mut connection = redis.connection().unwrap();
+        for (member, score) in call.members {
+            let mut ask = redis::cmd("ZSCORE");
+            ask.arg(queue_key(BUCKET)).arg(member.as_bytes());
+            assert_eq!(ask.query::<u64>(&mut connection).unwrap(), score.0);
+        }
+    }
+}
+
+#[test]
 fn what_a_clear_leaves_lives_on() {
     let redis = Redis::start().unwrap();
     let mut client = client(&redis, Duration::from_secs(5));

@@ -6,6 +6,9 @@
 //! Knows:  redis. No key.
 //! Source: crates/store/src/client/node.rs.
 
+use std::thread;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
 use redis::{Cmd, Connection, Value};
 use stand::redis::Redis;
 
@@ -58,6 +61,44 @@ impl Link {
             unread = count;
         }
         replies
+    }
+}
+
+/// A link on a thread of its own, as the product's stage that writes: a batch is sent while the next one is made.
+pub(crate) struct Behind {
+    work: Sender<(Link, Vec<Cmd>)>,
+    done: Receiver<Link>,
+    here: Option<Link>,
+}
+
+impl Behind {
+    pub(crate) fn new(link: Link) -> Self {
+        let (work, taken) = bounded::<(Link, Vec<Cmd>)>(1);
+        let (say, done) = bounded(1);
+        thread::spawn(move || {
+            for (mut link, commands) in taken {
+                link.run(&commands);
+                say.send(link).unwrap();
+            }
+        });
+        Self {
+            work,
+            done,
+            here: Some(link),
+        }
+    }
+
+    /// The link, when all that was handed over is done.
+    pub(crate) fn link(&mut self) -> &mut Link {
+        self.here.get_or_insert_with(|| self.done.recv().unwrap())
+    }
+
+    /// Hands commands over; what was handed over before is done by then.
+    pub(crate) fn hand(&mut self, commands: Vec<Cmd>) {
+        self.link();
+        self.work
+            .send((self.here.take().unwrap(), commands))
+            .unwrap();
     }
 }
 

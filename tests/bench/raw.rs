@@ -1,6 +1,6 @@
 //! The raw limit: what Redis can take at best. One `SET` a subsegment; no queue, no index, no TTL, nothing that outlives a crash.
 //!
-//! Keeps:  groups, packs and builds messages as the product does; what to read back stands in memory.
+//! Keeps:  groups, packs and builds messages as the product does, and sends a batch while the next one is made; what to read back stands in memory.
 //! Source: docs/store.md 7.
 
 use redis::Cmd;
@@ -19,11 +19,11 @@ use worker::{
 use crate::{
     Flushed, SEGMENT_BYTES_MAX, SEGMENTS_A_CYCLE, Way, groups,
     input::{ARRIVAL, Envelope},
-    link::{Link, bytes, command},
+    link::{Behind, Link, bytes, command},
 };
 
 pub(crate) struct Raw {
-    link: Link,
+    link: Behind,
     codec: Codec,
     segments: Vec<Segment>,
     next_key: usize,
@@ -38,7 +38,7 @@ struct Segment {
 impl Raw {
     pub(crate) fn new(redis: &Redis, codec: Codec) -> Self {
         Self {
-            link: Link::new(redis),
+            link: Behind::new(Link::new(redis)),
             codec,
             segments: Vec::new(),
             next_key: 0,
@@ -78,7 +78,11 @@ impl Way for Raw {
             commands.push(command("SET", [&key[..], &chunk[..]]));
             self.remember(&subsegment, key);
         }
-        self.link.run(&commands);
+        self.link.hand(commands);
+    }
+
+    fn end_insert(&mut self) {
+        self.link.link();
     }
 
     fn flush(&mut self) -> Flushed {
@@ -86,7 +90,7 @@ impl Way for Raw {
         for segments in self.segments.chunks(SEGMENTS_A_CYCLE) {
             let keys = segments.iter().flat_map(|segment| &segment.entries);
             let gets: Vec<Cmd> = keys.map(|(key, _)| command("GET", [&key[..]])).collect();
-            let replies = self.link.run(&gets);
+            let replies = self.link.link().run(&gets);
             let mut chunks = replies
                 .iter()
                 .map(|reply| chunk::decode(bytes(reply), u64::MAX).unwrap());
@@ -116,7 +120,7 @@ impl Way for Raw {
                 .iter()
                 .map(|segment| command("UNLINK", segment.entries.iter().map(|(key, _)| &key[..])))
                 .collect();
-            self.link.run(&unlinks);
+            self.link.link().run(&unlinks);
         }
         self.segments.clear();
         flushed

@@ -691,17 +691,43 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn silence_is_that_of_the_shard_that_is_read_and_was_not_heard_of_for_longest() {
+    fn input_of_three(offset: u64) -> Input {
         let variables = [
             ("SPANBUF_SUPERVISION__SHARDS".into(), "0-2".into()),
             ("SPANBUF_KAFKA__BROKERS".into(), "127.0.0.1:1".into()),
         ];
         let config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
         let mut input = Input::new(&config.kafka, 1 << 20).unwrap();
-        let [first, second, third] = [0, 1, 2].map(ShardId);
-        let starts = [first, second, third].map(|shard| (shard, 5)).into();
+        let starts = [0, 1, 2].map(|shard| (ShardId(shard), offset)).into();
         input.begin(&starts).unwrap();
+        input
+    }
+
+    #[test]
+    fn what_was_heard_of_an_end_does_not_outlive_a_pause_or_an_assignment() {
+        let mut input = input_of_three(5);
+        let shard = ShardId(0);
+        let tell = |input: &mut Input| {
+            input.take_end(shard, 5, Clock::mono_now());
+            assert!(input.at_end(shard).is_some());
+        };
+        tell(&mut input);
+        input.pause(&[shard], true).unwrap();
+        assert_eq!(input.at_end(shard), None, "it is paused");
+        input.pause(&[shard], false).unwrap();
+        assert_eq!(input.at_end(shard), None, "that was before the pause");
+        tell(&mut input);
+        input.begin(&[(ShardId(1), 9)].into()).unwrap();
+        assert_eq!(input.at_end(shard), None, "it was assigned anew as well");
+        tell(&mut input);
+        input.advance(shard, 6);
+        assert_eq!(input.at_end(shard), None, "more was read");
+    }
+
+    #[test]
+    fn silence_is_that_of_the_shard_that_is_read_and_was_not_heard_of_for_longest() {
+        let [first, second, third] = [0, 1, 2].map(ShardId);
+        let mut input = input_of_three(5);
         let begun = Clock::mono_now();
         let later = begun.after(Duration::from_secs(30));
         let silence = |input: &Input| input.silence(later).as_secs();
