@@ -141,17 +141,18 @@ impl Shared {
         id
     }
 
-    /// The holds that this command is the one for, in the order in which they were set.
+    /// The holds that this command is the one for: the first that holds a command, and the first that holds a reply.
     pub(super) fn claim(&self, arguments: &[&[u8]]) -> Vec<(u64, Kind)> {
         let mut control = self.lock();
-        let claim = |(&id, hold): (&u64, &mut HoldState)| {
-            let is_wanted = hold.wanted.as_mut().is_some_and(|wanted| wanted(arguments));
-            is_wanted.then(|| {
+        let mut claimed: Vec<(u64, Kind)> = Vec::new();
+        for (&id, hold) in &mut control.holds {
+            let is_taken = claimed.iter().any(|&(_, kind)| kind == hold.kind);
+            if !is_taken && hold.wanted.as_mut().is_some_and(|wanted| wanted(arguments)) {
                 hold.wanted = None;
-                (id, hold.kind)
-            })
-        };
-        control.holds.iter_mut().filter_map(claim).collect()
+                claimed.push((id, hold.kind));
+            }
+        }
+        claimed
     }
 
     /// Tells that what is to be held stands here, and waits for its release.

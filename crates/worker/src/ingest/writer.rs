@@ -144,3 +144,113 @@ fn write(
     let reached = clocks.written(&inserted, Clock::mono_now());
     Ok(Written { inserted, reached })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use shared::{
+        board::BoardOwner,
+        config::{Config, Flags},
+        launch::{Launch, Role},
+        shard::ShardId,
+        signals::Stop,
+        time::UnixMillis,
+    };
+    use store::client::Client;
+
+    use super::*;
+    use crate::ingest::{batch::Counts, dlq::DeadLetters, insert::Writing};
+
+    /// A writer whose Redis is nowhere: what it is handed it keeps, until a stop.
+    fn writer() -> (Writer, Config, Beat, BoardOwner) {
+        let variables = [
+            ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into()),
+            ("SPANBUF_REDIS__NODES".into(), "127.0.0.1:1".into()),
+        ];
+        let config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
+        let shards = config.supervision.shards.clone();
+        let board = BoardOwner::create(&shards, 1).unwrap();
+        let launch = Launch {
+            role: Role::Ingest,
+            index: 0,
+            slot: 0,
+            generation: 0,
+            shards,
+            flush_workers: 1,
+            supervisor: 0,
+            board: 0,
+            config: config.clone(),
+        };
+        let mut beat = Beat::new(board.board(), &launch, Stop::install().unwrap());
+        beat.ready();
+        let client = Client::new(&config.redis).unwrap();
+        let store = Store::new(client, String::new(), &config.redis, &config.buffer);
+        let writer = Writer::start(store, Clocks::default(), beat.another());
+        (writer, config, beat, board)
+    }
+
+    fn batch(config: &Config, shards: &[u32], beat: &mut Beat) -> Encoded {
+        let part = |&shard: &u32| Writing {
+            shard: ShardId(shard),
+            first: 1,
+            next: 2,
+            now: UnixMillis(1),
+            latest: UnixMillis(1),
+            counts: Counts {
+                inserted: 1,
+                refused: 0,
+            },
+        };
+        Encoded {
+            parts: shards.iter().map(part).collect(),
+            journals: Vec::new(),
+            settled: DeadLetters::new(&config.kafka)
+                .unwrap()
+                .settle(&[], beat)
+                .unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_batch_that_did_not_come_in_before_a_stop_is_not_written() {
+        let (mut writer, config, mut beat, _board) = writer();
+        let (store, written) = writer.take(&beat).unwrap();
+        assert!(written.is_none());
+        writer.hand(store, batch(&config, &[0], &mut beat));
+        beat.stop();
+        assert!(matches!(writer.take(&beat), Err(Ended::Stopped)));
+        assert!(
+            matches!(writer.take(&beat), Err(Ended::Stopped)),
+            "it is over"
+        );
+        assert!(writer.end(&beat).is_none());
+    }
+
+    #[test]
+    fn a_batch_of_which_nothing_is_left_is_not_handed_over() {
+        let (mut writer, config, mut beat, _board) = writer();
+        let (store, _) = writer.take(&beat).unwrap();
+        let mut batch = batch(&config, &[0, 3], &mut beat);
+        batch.leave_out(&[ShardId(3)]);
+        let left = batch.parts.iter().map(|part| part.shard);
+        assert!(left.eq([ShardId(0)]));
+        batch.leave_out(&[ShardId(0)]);
+        writer.hand(store, batch);
+        let (store, written) = writer.take(&beat).unwrap();
+        assert!(written.is_none());
+        // One who has the store may fail with it.
+        drop(store);
+        assert!(writer.end(&beat).is_none());
+    }
+
+    #[test]
+    fn a_panic_of_the_thread_is_passed_on() {
+        let (mut writer, _config, beat, _board) = writer();
+        let (say, done) = bounded(1);
+        drop((writer.take(&beat).unwrap(), say));
+        (writer.done, writer.thread) = (done, thread::spawn(|| panic!("the writer")));
+        assert!(matches!(writer.take(&beat), Err(Ended::Stopped)));
+        assert!(catch_unwind(AssertUnwindSafe(|| writer.end(&beat))).is_err());
+    }
+}
