@@ -15,7 +15,7 @@
 --         trace alone
 -- COST    two keys and one for each journal; one HDEL for each field; the caller bounds journals and fields
 
--- Locals, and numbers in one argument: with one field a trace, most of a call's time is to take arguments over into the interpreter.
+-- Locals, and numbers in one argument: with one field a trace, nearly half of a call's time went into taking arguments over.
 local keys, args, call = KEYS, ARGV, redis.call
 local key_count = #keys
 assert(key_count >= 2 and #args >= 3, 'clear.lua: 2 keys and 3 arguments expected')
@@ -24,7 +24,7 @@ assert(type(plan) == 'table', 'clear.lua: the third argument is an array')
 
 -- All arguments are looked at before the first write: a call is carried out whole or not at all.
 local function is_count(value)
-  return type(value) == 'number' and value >= 0
+  return type(value) == 'number' and value >= 0 and value % 1 == 0
 end
 local function is_amount(value)
   if type(value) ~= 'table' then

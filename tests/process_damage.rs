@@ -1,6 +1,6 @@
 //! Redis that went back, or never answers for one journal, and bytes in it that are not what was written.
 //!
-//! In:     traffic; a server that goes back, stands still, or holds other bytes.
+//! In:     traffic; a server that goes back, for good or for a moment, stands still, or holds other bytes.
 //! Keeps:  nothing is lost that is not counted.
 //! Source: docs/store.md 3, 6.
 

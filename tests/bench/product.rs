@@ -28,7 +28,8 @@ use worker::{
         batch::Counts,
         clocks::Clocks,
         dlq::DeadLetters,
-        insert::{Encoded, Store, Writing},
+        encode::{Encoded, Writing},
+        insert::Store,
         journal::Encoder,
         writer::Writer,
     },
@@ -108,7 +109,7 @@ impl Product {
         Self {
             encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
             dead_letters: DeadLetters::new(&config.kafka).unwrap(),
-            writer: Writer::start(store, Clocks::default(), beat.another()),
+            writer: Writer::start(store, Clocks::default(), BTreeMap::new(), beat.another()),
             client,
             beat,
             _board: board,
@@ -144,7 +145,7 @@ impl Product {
     /// The store, when the batch before is in.
     fn take_store(&mut self) -> Store {
         let (store, written) = self.writer.take(&self.beat).unwrap();
-        assert!(written.is_none_or(|written| written.inserted.rewind().is_empty()));
+        assert!(written.is_none_or(|inserted| inserted.rewind().is_empty()));
         store
     }
 

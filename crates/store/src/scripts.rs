@@ -243,9 +243,11 @@ pub struct FieldOut {
 enum Element<'a> {
     /// Fields of a journal.
     Fields(usize),
+    /// When what is left is looked at.
     NextLook(UnixMillis),
-    /// No next look.
-    None(bool),
+    /// No next look: always false, since JSON's null comes into Lua as a value that counts as true.
+    NoLook(bool),
+    /// Spans produced, and nothing else to count.
     Produced(u64),
     /// Spans produced, repeats, and spans dropped by reason.
     Amounts(u64, u64, &'a [(&'static str, u64)]),
@@ -283,13 +285,13 @@ impl ClearCall {
         Command::script(self.bucket, &CLEAR, call)
     }
 
-    /// What goes, in one argument: to take each number over by itself would be most of what the call costs the server.
+    /// What goes, in one argument: to take each number over by itself was nearly half of what the call cost the server.
     fn plan(&self) -> Vec<u8> {
         let mut plan = Vec::with_capacity(3 * self.traces.len());
         for trace in &self.traces {
             let next_look = trace.next_look.map(Element::NextLook);
             plan.push(Element::Fields(trace.fields.len()));
-            plan.push(next_look.unwrap_or(Element::None(false)));
+            plan.push(next_look.unwrap_or(Element::NoLook(false)));
             plan.extend(trace.fields.iter().map(FieldOut::element));
         }
         // Numbers and names are always JSON; an empty argument would be refused.

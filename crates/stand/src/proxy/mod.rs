@@ -170,7 +170,7 @@ impl Proxy {
 
     /// Holds the first command whose arguments (the name first) are as told, before it is forwarded. What stands behind it
     /// on its connection waits with it; other connections go on. A client that gives up meanwhile does not take it back:
-    /// released, it is forwarded; [`Proxy::cut`] drops it.
+    /// released, it is forwarded; [`Proxy::cut`] drops it. Its reply may be held by another hold.
     #[must_use]
     pub fn hold_when(&self, wanted: impl FnMut(&[&[u8]]) -> bool + Send + 'static) -> Hold {
         self.add_hold(Kind::Command, Box::new(wanted))

@@ -200,3 +200,26 @@ fn other_protocols_pass_unread() {
     client.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"\0\0\0\x04PING");
 }
+
+#[test]
+fn a_command_is_held_and_then_its_reply() {
+    let (redis, proxy, mut connection) = stands();
+    let (before, told) = (proxy.hold_command("INCR"), proxy.hold_reply("INCR"));
+    let next = proxy.hold_command("INCR");
+    let client = thread::spawn(move || -> u64 {
+        let mut increment = cmd("INCR");
+        increment.arg("a").query(&mut connection).unwrap()
+    });
+    let mut direct = redis.connection().unwrap();
+    assert!(before.reached(SOON));
+    assert_eq!(get(&mut direct, "a"), None);
+    before.release();
+    assert!(told.reached(SOON));
+    assert_eq!(get(&mut direct, "a"), Some(1));
+    assert!(
+        !next.reached(Duration::ZERO),
+        "one of each kind for a command"
+    );
+    told.release();
+    assert_eq!(client.join().unwrap(), 1);
+}

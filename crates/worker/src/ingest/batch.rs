@@ -1,9 +1,9 @@
 //! Sorts the records of one batch: by shard, into spans to insert and messages to refuse.
 //!
-//! In:     `Record`s as they came, each shard's in offset order.
+//! In:     `Record`s as they came, each shard's in offset order; where the buckets stand.
 //! Out:    a `Part` of the batch for each shard that got anything.
 //! Keeps:  every record is counted in exactly one of spans, refused, standing (below its bucket's position).
-//! Knows:  parsing and the shards' clocks. No Kafka, no Redis.
+//! Knows:  parsing and buckets. No Kafka, no Redis, no clock.
 //! Source: docs/spec.md 2, 4; docs/store.md 2.
 
 use std::collections::HashMap;

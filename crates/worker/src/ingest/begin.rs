@@ -1,7 +1,7 @@
 //! Begins the role: the store and Kafka are there and are what they should be, and every shard has its place.
 //!
 //! In:     the launch record; positions, committed offsets, what Kafka holds.
-//! Out:    `Ingest`, reading, with all intake paused.
+//! Out:    `Ingest`, reading, with all intake paused and its writer waiting.
 //! Keeps:  what is away is waited for; only a refusal ends the worker; a gap is reported with its count.
 //! Knows:  the order of a start. What decides a place is in `start`.
 //! Source: docs/spec.md 7.4, 9.1; docs/store.md 2, 6.
@@ -24,7 +24,9 @@ use super::{
     commit::Commits,
     consume::{ConsumeError, Input, committed_of_group},
     dlq::DeadLetters,
+    encode::Making,
     floor::Floor,
+    group::GroupLimits,
     insert::Store,
     intake::Intake,
     journal::Encoder,
@@ -66,7 +68,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     let dead_letters = DeadLetters::new(&config.kafka)?;
 
     let begun = locate(&config, &launch.shards, &mut input, &mut store, &mut beat)?;
-    let (mut shards, clocks) = (BTreeMap::new(), Clocks::default());
+    let (mut shards, mut ledgers, clocks) = (BTreeMap::new(), BTreeMap::new(), Clocks::default());
     for (&shard, begun) in &begun {
         let (Some(published), Some(ledger)) = (board.clock_writer(shard), board.ledger(shard))
         else {
@@ -77,12 +79,12 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
             .clock(shard)
             .map(|clock| clock.read(MonoNanos(u64::MAX)));
         clocks.begin(shard, kept.max(begun.clock), published);
-        let begun = Shard {
+        let begins = Shard {
             next: begun.offset(),
-            ledger,
             floor: Floor::new(begun.floor),
         };
-        shards.insert(shard, begun);
+        shards.insert(shard, begins);
+        ledgers.insert(shard, ledger);
     }
     let mut commits = Commits::default();
     begun
@@ -100,11 +102,17 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     Ok(Ingest {
         board: board.clone(),
         input,
-        positions: store.positions().clone(),
-        encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
-        writer: Writer::start(store, clocks.clone(), beat.another()),
+        making: Making {
+            positions: store.positions().clone(),
+            limits: GroupLimits {
+                spans_max: config.buffer.max_spans_per_insert,
+                bytes_max: config.buffer.max_insert_bytes,
+            },
+            encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
+            dead_letters,
+        },
+        writer: Writer::start(store, clocks.clone(), ledgers, beat.another()),
         clocks,
-        dead_letters,
         commits,
         intake,
         shards,

@@ -61,7 +61,7 @@ impl Shown {
     }
 }
 
-/// A batch that is not written yet: its `now`, and the time of its last message; the same, and the clock stands behind it.
+/// A batch that is not written yet: its `now`, and the time of its last message. Where both are the same, the clock stands behind it.
 #[derive(Debug, Clone, Copy)]
 struct Pending {
     now: UnixMillis,
@@ -73,15 +73,8 @@ impl Pending {
     /// its neighbours takes it nowhere.
     fn run(&self, reached: UnixMillis) -> (UnixMillis, Duration) {
         let clock = self.now.max(reached);
-        let further = self.last.since(clock);
-        (
-            clock,
-            if further > REACH {
-                Duration::ZERO
-            } else {
-                further
-            },
-        )
+        let further = Some(self.last.since(clock)).filter(|&further| further <= REACH);
+        (clock, further.unwrap_or_default())
     }
 }
 
@@ -101,6 +94,8 @@ pub struct InputClock {
     before: Option<Before>,
     /// The batches that are not written yet, in their order.
     pending: VecDeque<Pending>,
+    /// When the broker confirmed that there is nothing behind them.
+    ended: Option<MonoNanos>,
     /// The latest time that this worker has read.
     latest: Option<UnixMillis>,
 }
@@ -115,6 +110,7 @@ impl InputClock {
             shown: start.map(|clock| Shown::standing(clock, MonoNanos::default())),
             before: None,
             pending: VecDeque::new(),
+            ended: None,
             latest: None,
         }
     }
@@ -137,7 +133,7 @@ impl InputClock {
         self.shown
     }
 
-    /// The `now` of a batch, from the times of all its messages in their order: the smallest that is not below the clock. Where all are
+    /// The `now` of a batch, from the times of all its messages in their order: the smallest that is not below the clock, nor below where what is on its way takes it. Where all are
     /// below, it is that of the batch before, moved on by the time since, at most 2 s, and by no more than their latest time has come
     /// on, if it has. Time that the clock has run meanwhile is not added again.
     ///
@@ -160,6 +156,7 @@ impl InputClock {
             last: times.last().copied().unwrap_or(now),
         });
         self.latest = self.latest.max(latest);
+        self.ended = None;
         now
     }
 
@@ -180,8 +177,8 @@ impl InputClock {
     }
 
     /// Sets it to the `now` of the first batch that was not written: all writes of that one were acknowledged. It runs on to the time of
-    /// its last message: what had come by then is written. Where that is more than 2 s away it stands. Without a batch it stands
-    /// where it is.
+    /// its last message: what had come by then is written. Where that is more than 2 s away it stands. Behind the last one it may be at
+    /// the end already. Without a batch it stands where it is.
     pub fn written(&mut self, mono: MonoNanos) -> Shown {
         let reached = self.now(mono).unwrap_or_default();
         let shown = match self.pending.pop_front() {
@@ -196,19 +193,25 @@ impl InputClock {
             }
         };
         self.shown = Some(shown);
-        shown
+        let ended = self.ended.take_if(|_| self.pending.is_empty());
+        let at_end = ended.and_then(|confirmed| self.at_end(confirmed, mono, shown.clock));
+        at_end.unwrap_or(shown)
     }
 
     /// Lets it run until 2 s from now: there is no more input, as the broker confirmed at a moment within the last 2 s. One that stood,
     /// or is behind the latest time read, goes up to that first, or to the wall clock if this worker has read nothing. Gives what to
-    /// show; nothing when the end is not known, or a batch is not written: it stops by itself then.
+    /// show; nothing when the end is not known: it stops by itself then; or while a batch is not written: it runs from when that is.
     pub fn at_end(
         &mut self,
         confirmed: MonoNanos,
         mono: MonoNanos,
         wall_now: UnixMillis,
     ) -> Option<Shown> {
-        if mono.since(confirmed) > REACH || !self.pending.is_empty() {
+        if !self.pending.is_empty() {
+            self.ended = Some(confirmed);
+            return None;
+        }
+        if mono.since(confirmed) > REACH {
             return None;
         }
         let until = mono.after(REACH);

@@ -22,9 +22,6 @@ use super::{
     insert::Inserted,
 };
 
-/// Where the clocks stand of shards whose batch was written.
-pub type Reached = BTreeMap<ShardId, UnixMillis>;
-
 /// All clocks of a worker; each of its threads has a hold on them.
 #[derive(Debug, Clone, Default)]
 pub struct Clocks(Arc<Mutex<BTreeMap<ShardId, ShardClock>>>);
@@ -37,11 +34,6 @@ struct ShardClock {
 }
 
 impl Clocks {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<ShardId, ShardClock>> {
-        // A thread that panics ends the process.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Begins a shard's clock: it stands, at what readers may have seen or at what the positions say.
     pub fn begin(&self, shard: ShardId, start: Option<UnixMillis>, published: ClockWriter) {
         let mut clock = InputClock::new(start);
@@ -64,18 +56,14 @@ impl Clocks {
     }
 
     /// Moves clocks on behind what is written.
-    #[must_use]
-    pub fn written(&self, inserted: &Inserted, mono: MonoNanos) -> Reached {
+    pub fn written(&self, inserted: &Inserted) {
         let mut all = self.all();
-        let mut reached = Reached::new();
         for (shard, _) in inserted.offsets() {
             if let Some(of_shard) = all.get_mut(&shard) {
-                let shown = of_shard.clock.written(mono);
+                let shown = of_shard.clock.written(Clock::mono_now());
                 of_shard.show(Some(shown));
-                reached.insert(shard, shown.clock);
             }
         }
-        reached
     }
 
     /// Lets a clock run whose shard is read to its end, as the broker confirmed at a moment.
@@ -101,6 +89,11 @@ impl Clocks {
             }
         }
     }
+
+    fn all(&self) -> MutexGuard<'_, BTreeMap<ShardId, ShardClock>> {
+        // A thread that panics ends the process.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl ShardClock {
@@ -117,5 +110,38 @@ impl ShardClock {
         if let Some(Shown { clock, at, until }) = shown {
             self.published.publish(clock, at, until);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::{board::BoardOwner, shard::ShardList};
+
+    use super::*;
+
+    #[test]
+    fn a_batch_from_before_a_running_clock_stops_it_for_its_readers() {
+        let shard = ShardId(0);
+        let owner = BoardOwner::create(&ShardList::new(vec![shard]).unwrap(), 1).unwrap();
+        let (board, clocks) = (owner.board(), Clocks::default());
+        let furthest = || {
+            let clock = board.clock(shard);
+            clock.map(|clock| clock.read(MonoNanos(u64::MAX)))
+        };
+        clocks.begin(
+            shard,
+            Some(UnixMillis(1_000)),
+            board.clock_writer(shard).unwrap(),
+        );
+        assert_eq!(furthest(), Some(UnixMillis(1_000)));
+        let mono = Clock::mono_now();
+        clocks.at_end(shard, mono, mono, UnixMillis(5_000));
+        assert_eq!(furthest(), Some(UnixMillis(7_000)));
+        let now = clocks.batch(shard, &[UnixMillis(5_000)]).unwrap();
+        let stands = furthest().unwrap();
+        assert!(stands < UnixMillis(7_000) && now >= stands);
+        clocks.rewind(shard, None);
+        assert_eq!(furthest(), None, "nothing is known");
+        assert_eq!(clocks.batch(ShardId(1), &[]), None, "not ours");
     }
 }

@@ -1,7 +1,7 @@
 //! Groups the spans of one shard's part of a batch into subsegments.
 //!
 //! In:     spans as they arrived; the limits of one insert.
-//! Out:    `Subsegment`s for `insert`, each with one topmost known parent.
+//! Out:    `Subsegment`s for `journal`, each with one topmost known parent.
 //! Keeps:  every span is in exactly one subsegment, whatever the record order; the cost is near linear, whatever the tree.
 //! Knows:  ids. No Redis, no clock. Pure.
 //! Source: docs/spec.md 2.3, 3.

@@ -26,8 +26,9 @@ use store::{
 };
 
 use super::{
-    batch::{Counts, Positions},
+    batch::Positions,
     dlq::Settled,
+    encode::{Encoded, Writing},
     journal::{JournalWrite, UNCOUNTED_MAX},
     trip::Trip,
 };
@@ -37,44 +38,7 @@ use crate::{
     beat::{Beat, Reason},
 };
 
-/// One shard's part of a batch.
-#[derive(Debug)]
-pub struct Writing {
-    /// The shard.
-    pub shard: ShardId,
-    /// The offset of the first record of the part.
-    pub first: u64,
-    /// The offset behind the last record of the part.
-    pub next: u64,
-    /// The shard's `now` of this batch.
-    pub now: UnixMillis,
-    /// The latest time of its records.
-    pub latest: UnixMillis,
-    /// What becomes of its records.
-    pub counts: Counts,
-}
-
-/// A batch as entries, ready to be written.
-#[derive(Debug)]
-pub struct Encoded {
-    /// Its shards.
-    pub parts: Vec<Writing>,
-    /// Their entries.
-    pub journals: Vec<JournalWrite>,
-    /// Its refused messages.
-    pub settled: Settled,
-}
-
-impl Encoded {
-    /// Leaves the parts of these shards out: they are read again, from before this batch.
-    pub fn leave_out(&mut self, shards: &[ShardId]) {
-        self.parts.retain(|part| !shards.contains(&part.shard));
-        self.journals
-            .retain(|journal| !shards.contains(&journal.bucket.shard));
-    }
-}
-
-/// What is wholly in Redis, positions included. Only `commit` takes it, and it is made here only.
+/// What is wholly in Redis, positions included. Behind it alone offsets are committed and clocks move on; it is made here only.
 #[derive(Debug)]
 pub struct Inserted {
     parts: Vec<Writing>,
@@ -146,11 +110,6 @@ impl Store {
     #[must_use]
     pub fn buckets(&self) -> Buckets {
         self.client.buckets()
-    }
-
-    /// The client, for what a start has to count.
-    pub fn client(&mut self) -> &mut Client {
-        &mut self.client
     }
 
     /// Reads the positions of a shard's buckets and takes them for its own; gives each offset, and the lowest clock.
@@ -242,7 +201,7 @@ impl Store {
         Ok(())
     }
 
-    /// Reads the positions of shards that got nothing; gives those that have to be read again.
+    /// Reads the positions of these shards; gives those that have to be read again.
     ///
     /// # Errors
     /// [`Ended::Stopped`].
@@ -328,6 +287,7 @@ impl Store {
             journals.retain(|journal| open.contains(&journal.bucket));
             let seats = self.trip_one(&open, &mut journals, &mut rewind, beat)?;
             let early = self.ask_early_looks(&journals);
+            beat.progress();
             let Left { buckets, error } =
                 self.trip_two(&parts, &seats, &journals, &settled, &mut rewind, beat)?;
             if buckets.is_empty() {
@@ -411,7 +371,9 @@ impl Store {
             trip.begin_again(&moved.map(|(&bucket, _)| bucket).collect());
             match error {
                 Some(error) => beat.failed(Reason::Redis, &attempt, &error)?,
-                None => beat.go_on()?,
+                // What is all there is taken in, whoever stops meanwhile.
+                None if !trip.is_whole() => beat.go_on()?,
+                None => {}
             }
         }
     }

@@ -31,7 +31,7 @@ const COUNTED_ONE_IN: u64 = 8;
 pub(super) const UNCOUNTED_MAX: u64 = 32;
 
 /// Makes entries of subsegments.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Encoder {
     buckets: Buckets,
     codec: Codec,
@@ -205,10 +205,9 @@ fn count(length: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use shared::{
+        config::{Config, Flags},
         ids::{OrganizationId, ProjectId, SpanId, TraceId},
-        shard::ShardId,
     };
-    use store::keys::Buckets;
 
     use super::*;
     use crate::ingest::parse::parse;
@@ -251,6 +250,35 @@ mod tests {
         assert_eq!(score(520, 10), 530);
         // No arrival is below the batch's `now`.
         assert_eq!(score(0, 10), 11);
+    }
+
+    #[test]
+    fn entries_of_a_trace_are_one_journal_due_within_the_age() {
+        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into());
+        let mut config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
+        config.buffer.max_segment_age = Some(Duration::from_secs(30));
+        let encoder = Encoder::new(Buckets::new(None, 4), &config.redis, &config.buffer);
+        let rooted = Subsegment {
+            has_root: true,
+            ..subsegment(2, 500)
+        };
+        let other = Subsegment {
+            trace: TraceId::new(b"u"),
+            ..subsegment(3, 500)
+        };
+        let subsegments = [subsegment(1, 500), rooted, other];
+        let journals = encoder.encode(ShardId(7), UnixMillis(400), &subsegments);
+        let found: Vec<_> = journals
+            .iter()
+            .map(|journal| (journal.fields.len(), journal.score.0))
+            .collect();
+        // A root's 10 s; 60 s cut by the age.
+        assert_eq!(found, [(2, 10_500), (1, 30_500)]);
+        assert!(
+            journals
+                .iter()
+                .all(|journal| journal.bucket.shard == ShardId(7))
+        );
     }
 
     #[test]

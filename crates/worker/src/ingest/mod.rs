@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, error::Error, time::Duration};
 
 use log::{debug, info, warn};
 use shared::{
-    board::{Board, Ledger, Phase},
+    board::{Board, Phase},
     config::Config,
     launch::Launch,
     shard::{ShardId, ShardList},
@@ -18,18 +18,15 @@ use shared::{
 };
 
 use self::{
-    batch::{Counts, Positions, sort},
     begin::{locate, read_from},
     clocks::Clocks,
     commit::Commits,
-    consume::{BatchLimits, Collected, Input, Outage},
-    dlq::DeadLetters,
+    consume::{BatchLimits, Input, Outage},
+    encode::{Encoded, Making},
     floor::Floor,
-    group::{GroupLimits, group},
-    insert::{Encoded, Store, Writing},
+    insert::{Inserted, Store},
     intake::{Flusher, Intake},
-    journal::Encoder,
-    writer::{Writer, Written},
+    writer::Writer,
 };
 use crate::{
     Ended,
@@ -44,6 +41,7 @@ pub mod clocks;
 pub mod commit;
 pub mod consume;
 pub mod dlq;
+pub mod encode;
 pub mod floor;
 pub mod group;
 pub mod insert;
@@ -57,7 +55,7 @@ pub mod writer;
 
 /// How long a pass waits for a first message: clocks are published between two passes.
 const IDLE: Duration = Duration::from_millis(50);
-/// How often positions are read that no batch read.
+/// How often the positions of all shards are read, whether they got something or not.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// How often floors are judged.
 const FLOOR_EVERY: Duration = Duration::from_secs(60);
@@ -68,16 +66,14 @@ const RENEW_EVERY: Duration = Duration::from_secs(3600);
 
 /// The role at work.
 pub(crate) struct Ingest {
+    /// First, as it is dropped first where a pass panics: its thread must not beat beside a consumer that is being closed.
+    writer: Writer,
     config: Config,
     board: Board,
     beat: Beat,
     input: Input,
-    /// Where the buckets stood when their shards began: what is read below that stands in them already.
-    positions: Positions,
-    encoder: Encoder,
+    making: Making,
     clocks: Clocks,
-    dead_letters: DeadLetters,
-    writer: Writer,
     commits: Commits,
     intake: Intake,
     shards: BTreeMap<ShardId, Shard>,
@@ -97,11 +93,10 @@ struct Read {
     outage: Option<Outage>,
 }
 
-/// One shard's place and counts.
+/// One shard's place.
 struct Shard {
     /// All before it is in Redis, or was never to be.
     next: u64,
-    ledger: Ledger,
     floor: Floor,
 }
 
@@ -133,7 +128,10 @@ impl Ingest {
         } = self.read()?;
         let (mut store, mut again) = self.take_store()?;
         again.extend(self.watch(&mut store)?);
-        self.judge_floors(&mut store)?;
+        // The queues of a node that went back do not say what was buffered.
+        if again.is_empty() {
+            self.judge_floors(&mut store)?;
+        }
         encoded.leave_out(&again);
         self.writer.hand(store, encoded);
         if lost_place {
@@ -164,8 +162,8 @@ impl Ingest {
             mut shards,
             ..
         } = self;
-        if let Some(written) = writer.end(&beat) {
-            note(&written, &mut shards, &mut commits);
+        if let Some(inserted) = writer.end(&beat) {
+            note(&inserted, &mut shards, &mut commits);
         }
         commits.send_last(&input);
         input.close();
@@ -181,13 +179,9 @@ impl Ingest {
             self.beat.worked(Reason::Kafka);
             self.beat.phase(Phase::Work);
         }
-        let encoded = encode(
-            &collected,
-            &self.config,
-            &self.positions,
-            &self.encoder,
-            &self.clocks,
-            &mut self.dead_letters,
+        let encoded = self.making.encode(
+            collected.records(Clock::wall_now()),
+            |shard, times| self.clocks.batch(shard, times),
             &mut self.beat,
         )?;
         let ends = collected.ends().to_vec();
@@ -205,8 +199,8 @@ impl Ingest {
 
     /// Takes the store; what was handed over is in Redis now. Gives the shards that have to be read again.
     fn take_store(&mut self) -> Result<(Store, Vec<ShardId>), Ended> {
-        let (store, written) = self.writer.take(&self.beat)?;
-        let again = written.map(|written| note(&written, &mut self.shards, &mut self.commits));
+        let (store, inserted) = self.writer.take(&self.beat)?;
+        let again = inserted.map(|inserted| note(&inserted, &mut self.shards, &mut self.commits));
         Ok((store, again.unwrap_or_default()))
     }
 
@@ -290,7 +284,7 @@ impl Ingest {
             self.commits.set_floor(id, shard.floor.offset());
             self.clocks.rewind(id, begun.clock);
         }
-        self.positions.clone_from(store.positions());
+        self.making.positions.clone_from(store.positions());
         read_from(&begun, &mut self.input, &mut self.commits, &mut self.beat)
     }
 
@@ -359,67 +353,19 @@ impl Ingest {
     }
 }
 
-/// Parses, groups and encodes one batch; the clocks of its shards do not get past its `now` until it is written. Its refused messages are
-/// settled.
-fn encode(
-    collected: &Collected<'_>,
-    config: &Config,
-    positions: &Positions,
-    encoder: &Encoder,
-    clocks: &Clocks,
-    dead_letters: &mut DeadLetters,
-    beat: &mut Beat,
-) -> Result<Encoded, Ended> {
-    let limits = GroupLimits {
-        spans_max: config.buffer.max_spans_per_insert,
-        bytes_max: config.buffer.max_insert_bytes,
-    };
-    let (mut parts, mut journals, mut refused) = (Vec::new(), Vec::new(), Vec::new());
-    let records = collected.records(Clock::wall_now());
-    for part in sort(records, positions, encoder.buckets()) {
-        // Only assigned partitions are read.
-        let Some(now) = clocks.batch(part.shard, &part.times) else {
-            continue;
-        };
-        parts.push(Writing {
-            shard: part.shard,
-            first: part.first,
-            next: part.next,
-            now,
-            latest: part.times.iter().copied().max().unwrap_or(now),
-            counts: part.counts(),
-        });
-        let subsegments = group(part.spans, &limits);
-        journals.extend(encoder.encode(part.shard, now, &subsegments));
-        refused.extend(part.refused);
-    }
-    let settled = dead_letters.settle(&refused, beat)?;
-    Ok(Encoded {
-        parts,
-        journals,
-        settled,
-    })
-}
-
-/// Notes what is in Redis: for commits, floors and the ledger. Gives the shards that have to be read again.
+/// Notes what is in Redis: for commits and floors. Gives the shards that have to be read again.
 fn note(
-    written: &Written,
+    inserted: &Inserted,
     shards: &mut BTreeMap<ShardId, Shard>,
     commits: &mut Commits,
 ) -> Vec<ShardId> {
-    let Written { inserted, reached } = written;
     commits.add(inserted);
     for part in inserted.parts() {
-        let (Some(&clock), Some(shard)) = (reached.get(&part.shard), shards.get_mut(&part.shard))
-        else {
+        let Some(shard) = shards.get_mut(&part.shard) else {
             continue;
         };
         shard.next = part.next;
-        let Counts { inserted, refused } = part.counts;
-        shard.ledger.consumed(inserted + refused);
-        shard.ledger.inserted(inserted);
-        shard.ledger.refused(refused);
-        shard.floor.note(part.latest.max(clock), part.next);
+        shard.floor.note(part.latest, part.next);
     }
     inserted.rewind().to_vec()
 }

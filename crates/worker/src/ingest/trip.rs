@@ -121,6 +121,15 @@ impl<'j> Trip<'j> {
         left
     }
 
+    /// Whether nothing is left.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        let heads = self.heads.iter().all(|(_, head)| head.is_some());
+        heads
+            && self.queued.values().all(|&queued| queued)
+            && self.journals.iter().all(|journal| journal.done)
+    }
+
     /// Takes the replies to what was left; gives the first error among them.
     pub fn take(&mut self, places: &[Place], replies: Vec<Reply>) -> Option<CommandError> {
         for place in places {

@@ -1,26 +1,35 @@
 //! The stage that writes: a batch goes into Redis on a thread of its own, while the next one is read, parsed and encoded.
 //!
 //! In:     `Encoded`, one at a time.
-//! Out:    `Inserted`; and at once, whatever the reader does meanwhile, the clocks on the board.
+//! Out:    `Inserted`; and at once, whatever the reader does meanwhile, clocks and ledger on the board.
 //! Keeps:  the store goes with its batch and comes back with what became of it: no batch is handed over before what the one before
 //!         met is known, and nobody else asks the store meanwhile. A panic of the thread ends the process.
-//! Knows:  the order: insert, then the clocks. No Kafka.
+//! Knows:  the order: insert, then what shows it. No Kafka.
 //! Source: docs/spec.md 2.6, 4; docs/house.md 3.
 
 use std::{
+    collections::BTreeMap,
     panic::resume_unwind,
     thread::{self, JoinHandle},
     time::Duration,
 };
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use shared::{board::Phase, time::Clock};
+use shared::{
+    board::{Ledger, Phase},
+    shard::ShardId,
+};
 
 use super::{
-    clocks::{Clocks, Reached},
-    insert::{Encoded, Inserted, Store},
+    batch::Counts,
+    clocks::Clocks,
+    encode::Encoded,
+    insert::{Inserted, Store},
 };
-use crate::{Ended, beat::Beat};
+use crate::{
+    Ended,
+    beat::{Beat, Reason},
+};
 
 /// How long one wait for the other side may last: both show progress in between.
 const SLICE: Duration = Duration::from_millis(250);
@@ -29,28 +38,36 @@ const SLICE: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub struct Writer {
     work: Sender<(Store, Encoded)>,
-    done: Receiver<(Store, Result<Written, Ended>)>,
+    done: Receiver<(Store, Result<Inserted, Ended>)>,
     thread: JoinHandle<()>,
     here: Option<Store>,
 }
 
-/// A batch that is in Redis, and what its clocks show.
-#[derive(Debug)]
-pub struct Written {
-    /// What is in.
-    pub inserted: Inserted,
-    /// The clocks of its shards.
-    pub reached: Reached,
+/// What shows that a batch is in.
+struct Shows {
+    clocks: Clocks,
+    ledgers: BTreeMap<ShardId, Ledger>,
+    beat: Beat,
 }
 
 impl Writer {
     /// Starts the thread, with a hold of its own on the worker's slot.
     #[must_use]
-    pub fn start(store: Store, clocks: Clocks, mut beat: Beat) -> Self {
+    pub fn start(
+        store: Store,
+        clocks: Clocks,
+        ledgers: BTreeMap<ShardId, Ledger>,
+        beat: Beat,
+    ) -> Self {
+        let mut shows = Shows {
+            clocks,
+            ledgers,
+            beat,
+        };
         // There is one store: neither side ever has two to send.
         let (work, taken) = bounded(1);
         let (say, done) = bounded(1);
-        let thread = thread::spawn(move || write_all(&taken, &say, &clocks, &mut beat));
+        let thread = thread::spawn(move || write_all(&taken, &say, &mut shows));
         Self {
             work,
             done,
@@ -63,7 +80,7 @@ impl Writer {
     ///
     /// # Errors
     /// [`Ended::Stopped`] when the supervisor asked for it before all was in.
-    pub fn take(&mut self, beat: &Beat) -> Result<(Store, Option<Written>), Ended> {
+    pub fn take(&mut self, beat: &Beat) -> Result<(Store, Option<Inserted>), Ended> {
         if let Some(store) = self.here.take() {
             return Ok((store, None));
         }
@@ -92,8 +109,9 @@ impl Writer {
         self.here = Some(store);
     }
 
-    /// Lets the thread end what it has; gives what it wrote.
-    pub fn end(self, beat: &Beat) -> Option<Written> {
+    /// Lets the thread end what it has; gives what it wrote. It comes behind a stop, which the thread hears as well, or a refusal that
+    /// was met with the store here: nobody is left that asks a Redis that is away.
+    pub fn end(self, beat: &Beat) -> Option<Inserted> {
         drop(self.work);
         let mut written = None;
         loop {
@@ -112,14 +130,13 @@ impl Writer {
 
 fn write_all(
     taken: &Receiver<(Store, Encoded)>,
-    say: &Sender<(Store, Result<Written, Ended>)>,
-    clocks: &Clocks,
-    beat: &mut Beat,
+    say: &Sender<(Store, Result<Inserted, Ended>)>,
+    shows: &mut Shows,
 ) {
     loop {
         match taken.recv_timeout(SLICE) {
             Ok((mut store, batch)) => {
-                let written = write(&mut store, batch, clocks, beat);
+                let written = write(&mut store, batch, shows);
                 let is_over = written.is_err();
                 // Where nobody listens any more, nobody commits.
                 drop(say.send((store, written)));
@@ -130,19 +147,23 @@ fn write_all(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        beat.phase(Phase::Idle);
+        shows.beat.phase(Phase::Idle);
     }
 }
 
-fn write(
-    store: &mut Store,
-    batch: Encoded,
-    clocks: &Clocks,
-    beat: &mut Beat,
-) -> Result<Written, Ended> {
-    let inserted = store.insert(batch, beat)?;
-    let reached = clocks.written(&inserted, Clock::mono_now());
-    Ok(Written { inserted, reached })
+fn write(store: &mut Store, batch: Encoded, shows: &mut Shows) -> Result<Inserted, Ended> {
+    let inserted = store.insert(batch, &mut shows.beat)?;
+    shows.beat.worked(Reason::Redis);
+    shows.clocks.written(&inserted);
+    for part in inserted.parts() {
+        if let Some(ledger) = shows.ledgers.get(&part.shard) {
+            let Counts { inserted, refused } = part.counts;
+            ledger.consumed(inserted + refused);
+            ledger.inserted(inserted);
+            ledger.refused(refused);
+        }
+    }
+    Ok(inserted)
 }
 
 #[cfg(test)]
@@ -153,14 +174,13 @@ mod tests {
         board::BoardOwner,
         config::{Config, Flags},
         launch::{Launch, Role},
-        shard::ShardId,
         signals::Stop,
         time::UnixMillis,
     };
     use store::client::Client;
 
     use super::*;
-    use crate::ingest::{batch::Counts, dlq::DeadLetters, insert::Writing};
+    use crate::ingest::{dlq::DeadLetters, encode::Writing};
 
     /// A writer whose Redis is nowhere: what it is handed it keeps, until a stop.
     fn writer() -> (Writer, Config, Beat, BoardOwner) {
@@ -186,7 +206,7 @@ mod tests {
         beat.ready();
         let client = Client::new(&config.redis).unwrap();
         let store = Store::new(client, String::new(), &config.redis, &config.buffer);
-        let writer = Writer::start(store, Clocks::default(), beat.another());
+        let writer = Writer::start(store, Clocks::default(), BTreeMap::new(), beat.another());
         (writer, config, beat, board)
     }
 

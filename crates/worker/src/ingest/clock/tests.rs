@@ -162,11 +162,6 @@ fn time_that_it_ran_is_not_added_again() {
 fn at_the_end_it_goes_up_to_the_latest_time_and_runs() {
     let mut clock = InputClock::new(None);
     clock.batch(&unix(&[50, 90, 60]), ms(0));
-    assert_eq!(
-        clock.at_end(ms(1), ms(1), UnixMillis(500)),
-        None,
-        "a batch is not written"
-    );
     clock.written(ms(10));
     assert_eq!(
         clock.at_end(ms(15), ms(20), UnixMillis(500)),
@@ -191,6 +186,33 @@ fn at_the_end_it_goes_up_to_the_latest_time_and_runs() {
         Some(shown(3095, 100_010, 100_010))
     );
     assert_eq!(clock.now(ms(200_000)), Some(UnixMillis(3095)));
+}
+
+#[test]
+fn an_end_that_is_told_while_a_batch_is_on_its_way_counts_when_that_is_written() {
+    let mut clock = InputClock::new(None);
+    let end = |clock: &mut InputClock, at| clock.at_end(ms(at), ms(at), UnixMillis(500));
+    // A stream whose messages all bear one time.
+    clock.batch(&unix(&[50]), ms(0));
+    assert_eq!(end(&mut clock, 5), None);
+    clock.batch(&unix(&[50]), ms(10));
+    assert_eq!(end(&mut clock, 15), None);
+    assert_eq!(
+        clock.written(ms(20)),
+        shown(50, 20, 20),
+        "another is on its way"
+    );
+    assert_eq!(clock.written(ms(25)), shown(50, 25, 2025));
+    // More was read since, or it was too long ago.
+    clock.freeze(ms(25));
+    clock.batch(&unix(&[50]), ms(30));
+    assert_eq!(end(&mut clock, 35), None);
+    clock.batch(&unix(&[50]), ms(40));
+    clock.written(ms(45));
+    assert_eq!(clock.written(ms(50)).until, ms(50));
+    clock.batch(&unix(&[50]), ms(60));
+    assert_eq!(end(&mut clock, 65), None);
+    assert_eq!(clock.written(ms(2_066)).until, ms(2_066));
 }
 
 #[test]
@@ -299,10 +321,16 @@ proptest! {
                 }
                 Call::Written => {
                     let pending = clock.pending.front().copied();
+                    let is_recent = |confirmed| mono.since(confirmed) <= REACH;
+                    let is_ended = clock.pending.len() == 1 && clock.ended.is_some_and(is_recent);
                     let shown = clock.written(mono);
                     let (now, last) = pending.map_or((shown.clock, shown.clock), |batch| (batch.now, batch.last));
-                    prop_assert_eq!(shown.clock, now);
-                    prop_assert!(shown.furthest() <= last.max(now));
+                    if is_ended {
+                        prop_assert_eq!(shown.until, mono.after(REACH));
+                    } else {
+                        prop_assert_eq!(shown.clock, now);
+                        prop_assert!(shown.furthest() <= last.max(now));
+                    }
                     Some(shown)
                 }
                 Call::AtEnd { age, wall_now } => {
