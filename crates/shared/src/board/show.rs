@@ -457,6 +457,18 @@ mod tests {
     }
 
     #[test]
+    fn every_column_is_explained() {
+        let text = include_str!("../../../../docs/operations.md");
+        let (_, after) = text.split_once("## Columns").unwrap();
+        let table = after.split("\n## ").next().unwrap();
+        let board = board("0", 1);
+        let view = board.view(at(1), UnixMillis(5));
+        for (name, _) in view.rows[0].columns() {
+            assert!(table.contains(&format!("`{name}`")), "{name}");
+        }
+    }
+
+    #[test]
     fn a_worker_has_a_line_with_every_column() {
         let board = board("0-2,7", 3);
         board.supervise(0).begin(2);
