@@ -234,6 +234,11 @@ impl InputClock {
         Some(shown)
     }
 
+    /// Forgets an end that was told while a batch was on its way: the shard is paused since.
+    pub fn forget_end(&mut self) {
+        self.ended = None;
+    }
+
     /// Sets it back to where the shard's positions stand, as at a start: the one way back. Gives what to show; none is *unknown*.
     pub fn rewind(&mut self, to: Option<UnixMillis>, mono: MonoNanos) -> Option<Shown> {
         *self = Self::new(to);

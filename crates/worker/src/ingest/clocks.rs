@@ -80,6 +80,13 @@ impl Clocks {
         }
     }
 
+    /// Forgets what was told of the end of a shard that is paused.
+    pub fn forget_end(&self, shard: ShardId) {
+        if let Some(of_shard) = self.all().get_mut(&shard) {
+            of_shard.clock.forget_end();
+        }
+    }
+
     /// Sets a clock back to where the shard's positions stand.
     pub fn rewind(&self, shard: ShardId, to: Option<UnixMillis>) {
         if let Some(of_shard) = self.all().get_mut(&shard) {

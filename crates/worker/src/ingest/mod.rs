@@ -226,7 +226,8 @@ impl Ingest {
                     .failed(Reason::Kafka, "pause or resume partitions", &error);
             }
         }
-        for shard in &changes.pause {
+        for &shard in &changes.pause {
+            self.clocks.forget_end(shard);
             warn!("intake is closed shard={shard}: its flusher is down");
         }
         for shard in &changes.resume {

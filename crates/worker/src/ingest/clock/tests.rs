@@ -213,6 +213,11 @@ fn an_end_that_is_told_while_a_batch_is_on_its_way_counts_when_that_is_written()
     clock.batch(&unix(&[50]), ms(60));
     assert_eq!(end(&mut clock, 65), None);
     assert_eq!(clock.written(ms(2_066)).until, ms(2_066));
+    // It was paused since.
+    clock.batch(&unix(&[50]), ms(3_000));
+    assert_eq!(end(&mut clock, 3_005), None);
+    clock.forget_end();
+    assert_eq!(clock.written(ms(3_010)).until, ms(3_010));
 }
 
 #[test]
