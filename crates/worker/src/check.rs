@@ -12,7 +12,7 @@ use std::{
 };
 
 use rdkafka::consumer::{BaseConsumer, Consumer};
-use shared::{config::Config, exit::Exit, launch::Launch};
+use shared::{exit::Exit, launch::Launch};
 use store::client::{Client, Server};
 
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
 #[must_use]
 pub fn run(launch: &Launch) -> Exit {
     let redis = redis(launch);
-    let kafka = kafka(&launch.config, launch);
+    let kafka = kafka(launch);
     // What was refused outweighs what did not answer: trying again does not help it.
     match (redis, kafka) {
         (Exit::Config, _) | (_, Exit::Config) => Exit::Config,
@@ -73,7 +73,8 @@ fn redis(launch: &Launch) -> Exit {
     }
 }
 
-fn kafka(config: &Config, launch: &Launch) -> Exit {
+fn kafka(launch: &Launch) -> Exit {
+    let config = &launch.config;
     let client: BaseConsumer<Context> =
         match kafka::consumer(&config.kafka, 1).create_with_context(Context) {
             Ok(client) => client,
@@ -91,62 +92,67 @@ fn kafka(config: &Config, launch: &Launch) -> Exit {
     if let Err(error) = Deliverer::new(&config.kafka, config.flush.delivery_timeout, None) {
         return say(Exit::Config, "kafka", &chain(&error));
     }
+    let topics = &config.kafka;
+    let outputs = topics.output_topics.iter();
+    let needs = std::iter::once((&topics.input_topic, Need::Shards))
+        .chain(outputs.map(|topic| (topic, Need::Topic)))
+        .chain(topics.input_dlq.iter().map(|topic| (topic, Need::Topic)))
+        .chain(topics.output_dlq.iter().map(|topic| (topic, Need::Nothing)));
     let mut worst = Exit::Ok;
-    let mut prove = |topic: &str, needed: bool, shards: bool| {
-        let exit = match kafka::partitions(client.client(), topic) {
-            Ok(Some(there)) => {
-                let missing = launch
-                    .shards
-                    .iter()
-                    .find(|shard| shards && !there.contains(&shard.0));
-                match missing {
-                    Some(shard) => say(
-                        Exit::Config,
-                        topic,
-                        &format!(
-                            "has partitions={}, none for shard={shard} (check --shards)",
-                            there.len()
-                        ),
-                    ),
-                    None => say(Exit::Ok, topic, &format!("has partitions={}", there.len())),
-                }
-            }
-            Ok(None) if needed => say(Exit::Config, topic, &"does not exist (create it)"),
-            Ok(None) => say(
-                Exit::Ok,
-                topic,
-                &"does not exist: what it would take stays in redis (create it, or empty its key)",
-            ),
-            Err(source) => {
-                let error = TopicError {
-                    topic: topic.to_owned(),
-                    brokers: config.kafka.brokers.clone(),
-                    source,
-                };
-                say(Exit::Os, topic, &chain(&error))
-            }
-        };
+    for (topic, need) in needs {
+        let exit = prove(&client, launch, topic, need);
         if worst != Exit::Config && exit != Exit::Ok {
             worst = exit;
         }
-        exit != Exit::Os
-    };
-    // One broker that does not answer is enough: the others would not either.
-    let answers = prove(&config.kafka.input_topic, true, true);
-    let answers = answers
-        && config
-            .kafka
-            .output_topics
-            .iter()
-            .all(|topic| prove(topic, true, false));
-    if answers {
-        let input_dlq = config.kafka.input_dlq.iter().map(|topic| (topic, true));
-        let output_dlq = config.kafka.output_dlq.iter().map(|topic| (topic, false));
-        for (topic, needed) in input_dlq.chain(output_dlq) {
-            prove(topic, needed, false);
+        // One broker that does not answer is enough: the others would not either.
+        if exit == Exit::Os {
+            break;
         }
     }
     worst
+}
+
+/// What has to be there of a topic.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// A partition for each shard.
+    Shards,
+    /// The topic.
+    Topic,
+    /// Nothing: what it would take is kept.
+    Nothing,
+}
+
+fn prove(client: &BaseConsumer<Context>, launch: &Launch, topic: &str, need: Need) -> Exit {
+    match kafka::partitions(client.client(), topic) {
+        Ok(Some(there)) => {
+            let count = there.len();
+            let mut shards = launch.shards.iter();
+            let missing = shards.find(|shard| !there.contains(&shard.0));
+            match missing.filter(|_| need == Need::Shards) {
+                Some(shard) => {
+                    let found =
+                        format!("has partitions={count}, none for shard={shard} (check --shards)");
+                    say(Exit::Config, topic, &found)
+                }
+                None => say(Exit::Ok, topic, &format!("has partitions={count}")),
+            }
+        }
+        Ok(None) if need == Need::Nothing => say(
+            Exit::Ok,
+            topic,
+            &"does not exist: what it would take stays in redis (create it, or empty its key)",
+        ),
+        Ok(None) => say(Exit::Config, topic, &"does not exist (create it)"),
+        Err(source) => {
+            let error = TopicError {
+                topic: topic.to_owned(),
+                brokers: launch.config.kafka.brokers.clone(),
+                source,
+            };
+            say(Exit::Os, topic, &chain(&error))
+        }
+    }
 }
 
 fn say(exit: Exit, what: &str, found: &dyn Display) -> Exit {
