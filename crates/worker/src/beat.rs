@@ -389,7 +389,7 @@ impl Drop for Beat {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use shared::{
         board::BoardOwner,
         config::{Config, Flags},
@@ -398,27 +398,34 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn the_slot_moves_on_with_the_thread_that_moved_longest_ago() {
-        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into());
-        let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
-        let owner = BoardOwner::create(&config.supervision.shards, 1).unwrap();
+    /// The beat of a worker that has a board to itself, booting; for the tests of other rooms too.
+    pub(crate) fn alone(config: &Config) -> (Beat, BoardOwner) {
+        let shards = config.supervision.shards.clone();
+        let owner = BoardOwner::create(&shards, 1).unwrap();
         let launch = Launch {
             role: Role::Flush,
             index: 0,
             slot: 0,
             generation: 3,
-            shards: config.supervision.shards.clone(),
+            shards,
             flush_workers: 1,
             supervisor: 0,
             board: 0,
-            config,
+            config: config.clone(),
         };
+        let beat = Beat::new(owner.board(), &launch, Stop::install().unwrap());
+        (beat, owner)
+    }
+
+    #[test]
+    fn the_slot_moves_on_with_the_thread_that_moved_longest_ago() {
+        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into());
+        let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
+        let (mut main, owner) = alone(&config);
         let shown = || {
             let beat = owner.board().beat(0, 3, Clock::mono_now()).unwrap();
             (beat.progress, beat.phase, beat.backpressure_since)
         };
-        let mut main = Beat::new(owner.board(), &launch, Stop::install().unwrap());
         let mut other = main.another();
         other.phase(Phase::Kafka);
         assert_eq!(shown().1, Phase::Boot, "the role is not ready");

@@ -373,13 +373,14 @@ mod tests {
         board::BoardOwner,
         config::{Config, Flags},
         ids::{ProjectId, TraceId},
-        launch::{Launch, Role},
         shard::BucketId,
-        signals::Stop,
     };
 
     use super::*;
-    use crate::deliver::{Fault, Outgoing};
+    use crate::{
+        beat::tests::alone,
+        deliver::{Fault, Outgoing},
+    };
 
     /// Is never asked: no lane here comes so far.
     #[derive(Debug)]
@@ -400,20 +401,7 @@ mod tests {
     }
 
     fn beat(config: &Config) -> (Beat, BoardOwner) {
-        let shards = config.supervision.shards.clone();
-        let board = BoardOwner::create(&shards, 1).unwrap();
-        let launch = Launch {
-            role: Role::Flush,
-            index: 0,
-            slot: 0,
-            generation: 0,
-            shards,
-            flush_workers: 1,
-            supervisor: 0,
-            board: 0,
-            config: config.clone(),
-        };
-        let mut beat = Beat::new(board.board(), &launch, Stop::install().unwrap());
+        let (mut beat, board) = alone(config);
         beat.ready();
         (beat, board)
     }

@@ -173,14 +173,15 @@ mod tests {
     use shared::{
         board::BoardOwner,
         config::{Config, Flags},
-        launch::{Launch, Role},
-        signals::Stop,
         time::UnixMillis,
     };
     use store::client::Client;
 
     use super::*;
-    use crate::ingest::{dlq::DeadLetters, encode::Writing};
+    use crate::{
+        beat::tests::alone,
+        ingest::{dlq::DeadLetters, encode::Writing},
+    };
 
     /// A writer whose Redis is nowhere: what it is handed it keeps, until a stop.
     fn writer() -> (Writer, Config, Beat, BoardOwner) {
@@ -189,20 +190,7 @@ mod tests {
             ("SPANBUF_REDIS__NODES".into(), "127.0.0.1:1".into()),
         ];
         let config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
-        let shards = config.supervision.shards.clone();
-        let board = BoardOwner::create(&shards, 1).unwrap();
-        let launch = Launch {
-            role: Role::Ingest,
-            index: 0,
-            slot: 0,
-            generation: 0,
-            shards,
-            flush_workers: 1,
-            supervisor: 0,
-            board: 0,
-            config: config.clone(),
-        };
-        let mut beat = Beat::new(board.board(), &launch, Stop::install().unwrap());
+        let (mut beat, board) = alone(&config);
         beat.ready();
         let client = Client::new(&config.redis).unwrap();
         let store = Store::new(client, String::new(), &config.redis, &config.buffer);
