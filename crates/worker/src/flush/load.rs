@@ -108,7 +108,7 @@ enum Value {
 /// Sorts the answers of one trace; takes as many as its part of the commands has.
 fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
     let (mut segments, mut given_up) = (Vec::new(), Vec::new());
-    for mut segment in std::mem::take(&mut look.flush) {
+    for segment in std::mem::take(&mut look.flush) {
         let counts: Vec<usize> = groups(&segment.entries)
             .into_iter()
             .map(<[Entry]>::len)
@@ -121,24 +121,13 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
             // Nothing of it was taken: it stays, and its lifted score brings it back.
             continue;
         }
-        let (mut entries, mut chunks, mut damaged, mut unknown) =
-            (Vec::new(), Vec::new(), Vec::new(), false);
-        for (entry, value) in segment
-            .entries
-            .into_iter()
-            .zip(answered.into_iter().flatten().flatten())
-        {
-            match read(&look.due, &value, entry.header.bytes) {
-                Value::Spans(chunk) if chunk.len() == entry.header.spans.len() => {
-                    entries.push(entry);
-                    chunks.push(chunk);
-                }
-                Value::Spans(_) | Value::Corrupt => damaged.push(entry),
-                Value::Gone => {}
-                Value::Unknown => unknown = true,
-            }
-        }
-        if unknown {
+        let values = answered.into_iter().flatten().flatten();
+        let Some(Read {
+            entries,
+            chunks,
+            damaged,
+        }) = read_all(&look.due, segment.entries, values)
+        else {
             // All of it waits for a build that can read it: what a replay wrote twice must not go out twice.
             let again = look.due.now.after(UNKNOWN_AGAIN);
             look.next_look = Some(
@@ -146,7 +135,7 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
                     .map_or(again, |next_look| next_look.min(again)),
             );
             continue;
-        }
+        };
         // A span that lies in another entry as well is counted there.
         let mut counted: HashSet<u64> = match damaged.is_empty() {
             true => HashSet::new(),
@@ -159,7 +148,7 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
             given_up.push(corrupt(&look.due, entry.field, lost));
         }
         if !entries.is_empty() {
-            segment.entries = entries;
+            let segment = Segment { entries, ..segment };
             segments.push(LoadedSegment { segment, chunks });
         }
     }
@@ -180,6 +169,35 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
         segments,
         given_up,
     }
+}
+
+/// The entries of one segment: those that were read, each with its chunk, and those that hold no spans that could be.
+#[derive(Default)]
+struct Read {
+    entries: Vec<Entry>,
+    chunks: Vec<Chunk>,
+    damaged: Vec<Entry>,
+}
+
+/// Reads the chunks of one segment; none where one of them is of a build that knows more.
+fn read_all(
+    due: &Due,
+    entries: Vec<Entry>,
+    values: impl Iterator<Item = store::client::Value>,
+) -> Option<Read> {
+    let (mut all, mut is_unknown) = (Read::default(), false);
+    for (entry, value) in entries.into_iter().zip(values) {
+        match read(due, &value, entry.header.bytes) {
+            Value::Spans(chunk) if chunk.len() == entry.header.spans.len() => {
+                all.entries.push(entry);
+                all.chunks.push(chunk);
+            }
+            Value::Spans(_) | Value::Corrupt => all.damaged.push(entry),
+            Value::Gone => {}
+            Value::Unknown => is_unknown = true,
+        }
+    }
+    (!is_unknown).then_some(all)
 }
 
 fn offsets(entry: &Entry) -> impl Iterator<Item = u64> {
