@@ -396,18 +396,56 @@ fn a_large_journal_is_read_in_pages() {
 
 #[test]
 fn a_small_journal_that_is_not_read_in_time_is_asked_for_until_it_is() {
-    const TRACE: &str = "5115115115115115115115115115115f";
+    // One whose headers are read, and one that is read whole.
+    for (trace, entries, question) in [
+        ("5115115115115115115115115115115f", 20, "HKEYS"),
+        ("5125125125125125125125125125125f", 2, "HRANDFIELD"),
+    ] {
+        let mut world = World::new(Kafka::mock(SHARDS).unwrap());
+        world.plan.settings = world.settings("redis.timeout = \"300ms\"\n");
+        world.start();
+        // More questions than three looks, after which a trace is put off.
+        let holds: Vec<_> = (0..9)
+            .map(|_| world.proxy.hold_when(asks_for(question, trace)))
+            .collect();
+        world.send(&journal_of(trace, 1, entries));
+        assert!(holds.iter().all(|hold| hold.reached(LONG)), "{question}");
+        drop(holds);
+        world.await_all();
+        assert!(!world.log().contains("is put off by"), "{}", world.log());
+        world.settle_exact();
+    }
+}
+
+#[test]
+fn a_journal_that_grows_while_it_is_read_whole_goes_as_one_segment() {
+    const TRACE: &str = "5135135135135135135135135135135f";
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
-    world.plan.settings = world.settings("redis.timeout = \"300ms\"\n");
     world.start();
-    // More questions than three looks, after which a trace is put off.
-    let holds: Vec<_> = (0..9)
-        .map(|_| world.proxy.hold_when(asks_for("HKEYS", TRACE)))
-        .collect();
-    world.send(&journal_of(TRACE, 1, 20));
-    assert!(holds.iter().all(|hold| hold.reached(LONG)));
-    drop(holds);
+    world.await_healthy();
+    let whole = world.proxy.hold_when(asks_for("HRANDFIELD", TRACE));
+    let by_headers = world.proxy.hold_when(asks_for("HKEYS", TRACE));
+    // Entries of one segment, each of a batch of its own.
+    let mut send = |serial: u64| {
+        let payload = span(
+            TRACE,
+            &format!("{serial:016x}"),
+            Some("ffffffffffffffff"),
+            serial,
+            0,
+        );
+        world.send(&[message(0, Clock::wall_now(), payload)]);
+        stand::eventually(LONG, "it in redis", || {
+            (world.redis.inserted() >= serial).then_some(())
+        });
+    };
+    send(1);
+    assert!(whole.reached(LONG));
+    (2..=8).for_each(&mut send);
+    whole.release();
+    assert!(by_headers.reached(LONG), "it was taken for whole");
+    by_headers.release();
     world.await_all();
-    assert!(!world.log().contains("is put off by"), "{}", world.log());
     world.settle_exact();
+    assert_eq!(world.output.len(), 1);
 }

@@ -4,8 +4,11 @@
 //! Keeps:  every span comes out once, memory is bounded, no call of Redis holds up the others.
 //! Source: docs/store.md 7; docs/house.md 13.
 
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
 use shared::time::Clock;
-use stand::{kafka::Kafka, launch::Worker, traffic::SpanMessage};
+use stand::{kafka::Kafka, launch::Worker, pause, rng::Rng, traffic::SpanMessage};
 
 use crate::world::{SHARDS, World, message, span};
 
@@ -100,6 +103,43 @@ fn started() -> World {
     let mut world = World::new(Kafka::mock(SHARDS).unwrap());
     world.start();
     world
+}
+
+#[test]
+fn traces_of_few_entries_that_are_too_large_to_be_read_whole_come_out() {
+    const TRACES: u64 = 40;
+    const BYTES: usize = 100_000;
+    let mut world = started();
+    world.await_healthy();
+    let by_headers = world.proxy.hold_when(|arguments| arguments[0] == b"HKEYS");
+    // While it stands, more becomes due than it has room for. A mock broker keeps no more than one of these parts.
+    let flusher = world.worker("flush", 0);
+    flusher.signal(Signal::SIGSTOP).unwrap();
+    let mut rng = Rng::new(7);
+    for part in 0..3 {
+        send(&mut world, TRACES, |serial| {
+            let serial = part * TRACES + serial;
+            let trace = format!("{serial:032x}");
+            let mut payload = span(&trace, "1111111111111111", None, serial, BYTES);
+            // So that it does not pack.
+            for byte in payload.iter_mut().filter(|byte| **byte == b'x') {
+                *byte = b'a' + u8::try_from(rng.below(16)).unwrap();
+            }
+            (0, payload)
+        });
+        stand::eventually(Duration::from_secs(60), "all of it in redis", || {
+            (world.redis.inserted() >= (part + 1) * TRACES).then_some(())
+        });
+    }
+    // Until all of it is due.
+    pause(Duration::from_millis(1_500));
+    flusher.signal(Signal::SIGCONT).unwrap();
+    assert!(
+        by_headers.reached(Duration::from_secs(60)),
+        "there was room"
+    );
+    drop(by_headers);
+    hold_to("120 traces of a tenth of a megabyte", world);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use shared::{
 };
 use stand::{proxy::Proxy, redis::Redis};
 use store::{
-    client::{CheckError, Client, Command, CommandError, Refusal, reply},
+    client::{CheckError, Client, Command, CommandError, Refusal, WHOLE_BYTES, reply},
     keys::{Bucket, Member, journal_key, meta_key, position_key},
     scripts::{PositionCall, PositionReply},
 };
@@ -83,6 +83,50 @@ fn every_command_gets_its_own_reply() {
         reply::offset(&client.run(&[Command::position(BUCKET)]).remove(0).unwrap()),
         Some(5)
     );
+}
+
+#[test]
+fn whole_journals_are_left_out_where_there_is_no_room_and_the_others_keep_their_places() {
+    const JOURNALS: u8 = 100;
+    const BYTES: usize = 200_000;
+    let redis = Redis::start().unwrap();
+    let mut client = client(&redis, Duration::from_secs(2));
+    let member = |number: u8| Member::new(ProjectId(number.into()), &TraceId::new(b"t"));
+    // The last one is small, and fits where larger ones do not.
+    let chunk = |number| vec![number; if number + 1 == JOURNALS { 1 } else { BYTES }];
+    let numbers = || 0..JOURNALS;
+    let inserts = numbers().map(|number| {
+        let entry = (vec![number], chunk(number));
+        Command::insert(BUCKET, &member(number), &[entry])
+    });
+    assert!(
+        client
+            .run(&inserts.collect::<Vec<_>>())
+            .iter()
+            .all(Result::is_ok)
+    );
+    let mut commands: Vec<Command> = numbers()
+        .map(|number| Command::whole_journal(BUCKET, &member(number), 1))
+        .collect();
+    commands.push(Command::entries(BUCKET, &member(0)));
+    let mut replies: Vec<Value> = client
+        .run(&commands)
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    assert_eq!(replies.pop(), Some(Value::Int(1)));
+    let mut whole = Vec::new();
+    for (number, reply) in numbers().zip(replies) {
+        if reply != Value::Nil {
+            assert_eq!(
+                reply::pairs(reply).unwrap(),
+                [(vec![number], chunk(number))]
+            );
+            whole.push(number);
+        }
+    }
+    let most = u8::try_from(WHOLE_BYTES / BYTES).unwrap();
+    assert_eq!(whole, (0..most).chain([JOURNALS - 1]).collect::<Vec<_>>());
 }
 
 #[test]

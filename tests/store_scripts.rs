@@ -334,9 +334,20 @@ fn reads_of_journal(client: &mut Client, model: &Model, trace: u64, context: &st
         Command::memory(BUCKET, &member(trace)),
         Command::headers(BUCKET, &member(trace)),
         Command::chunks(BUCKET, &member(trace), fields.iter().map(Vec::as_slice)),
+        Command::whole_journal(BUCKET, &member(trace), fields.len()),
+        Command::whole_journal(BUCKET, &member(trace), 1),
     ];
-    let replies = run_all(client, &commands);
+    let mut replies = run_all(client, &commands);
     let journal = model.journals.get(&trace).cloned().unwrap_or_default();
+    let mut whole = |most: usize| {
+        let pairs = reply::pairs(replies.pop().unwrap()).unwrap();
+        match journal.len() > most {
+            true => assert_eq!(pairs.len(), most + 1, "{context}"),
+            false => assert_eq!(BTreeMap::from_iter(pairs), journal, "{context}"),
+        }
+    };
+    whole(1);
+    whole(fields.len());
     let length = u64::try_from(journal.len()).unwrap();
     assert_eq!(reply::count(&replies[0]), length, "{context}");
     let takes_memory = reply::count(&replies[1]) > 0;

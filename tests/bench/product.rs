@@ -138,6 +138,7 @@ impl Product {
             budget,
             ttl: self.config.redis.redis_ttl,
             ledgers: BTreeMap::new(),
+            reads_whole: true,
         };
         Lanes::start((0..count).map(|_| lane()).collect())
     }

@@ -148,6 +148,7 @@ fn way_out(criterion: &mut Criterion, messages: &[Vec<u8>]) {
         .map(|header| Entry {
             field: header.encode(),
             header: header.clone(),
+            chunk: None,
         })
         .collect();
     flush.bench_function("assemble", |bencher| {

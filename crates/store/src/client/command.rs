@@ -33,6 +33,8 @@ pub struct Command {
     pub(crate) is_orderly: bool,
     /// It speaks of what this node got: it does not follow its slot to another one.
     pub(crate) stays: bool,
+    /// The most entries, chunks and all, in a reply that is left out when there is no room for it; 0 for all other commands.
+    pub(crate) whole_entries: usize,
 }
 
 impl Command {
@@ -47,6 +49,7 @@ impl Command {
             script: None,
             is_orderly: false,
             stays: false,
+            whole_entries: 0,
         }
     }
 
@@ -230,6 +233,21 @@ impl Command {
     #[must_use]
     pub fn headers(bucket: Bucket, member: &Member) -> Self {
         Self::new(bucket, named("HKEYS", journal_key(bucket, member))).orderly()
+    }
+
+    /// Reads a journal of so many entries, chunks and all; where it has more by now, any of them, one more than that.
+    ///
+    /// Shape: pairs of field and chunk; nil where there was no room for it ([`WHOLE_BYTES`](super::WHOLE_BYTES)).
+    #[must_use]
+    pub fn whole_journal(bucket: Bucket, member: &Member, entries: usize) -> Self {
+        // HGETALL would have no end where a journal has grown since it was counted.
+        let most = entries.saturating_add(1);
+        let mut cmd = named("HRANDFIELD", journal_key(bucket, member));
+        cmd.arg(most).arg("WITHVALUES");
+        Self {
+            whole_entries: most,
+            ..Self::new(bucket, cmd).orderly()
+        }
     }
 
     /// Reads the headers, and with them the chunks, of about `count` entries of a journal, from a cursor on; the first is 0.

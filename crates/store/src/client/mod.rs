@@ -24,6 +24,7 @@ use crate::keys::{Bucket, Buckets};
 pub use self::{
     check::{CheckError, Meta, Server},
     command::Command,
+    node::WHOLE_BYTES,
 };
 pub use redis::Value;
 

@@ -20,6 +20,10 @@ use super::{AddressError, Command};
 /// noticed early, and its buffers stay small.
 const SLICE_COMMANDS: usize = 500;
 const SLICE_BYTES: usize = 4 << 20;
+/// Entries, of a mebibyte each at worst, that the replies to a slice may hold: the server keeps those of two slices until they are read.
+const SLICE_ENTRIES: usize = 32;
+/// Bytes of whole journals that are kept of what is sent at once to one node; for what is over it, nil stands.
+pub const WHOLE_BYTES: usize = 8 << 20;
 /// The most bytes of an encoded slice whose memory is kept for the next: to grow it anew is to copy it several times.
 const KEPT_BYTES: usize = 4 << 20;
 
@@ -85,17 +89,19 @@ impl Node {
     /// Sends commands in slices; once the connection is lost, so is every reply that was not read, to a command that was carried out too.
     pub(super) fn send<'c>(
         &mut self,
-        commands: impl ExactSizeIterator<Item = &'c Command>,
+        mut commands: impl ExactSizeIterator<Item = &'c Command> + Clone,
         until: MonoNanos,
     ) -> Vec<Result<Value, RedisError>> {
         let all = commands.len();
-        let mut commands = commands.peekable();
+        let (mut sent, mut room) = (commands.clone(), Room(WHOLE_BYTES));
         let mut replies = Vec::with_capacity(all);
         let mut slice = std::mem::take(&mut self.slice);
         let mut unread = 0;
         while replies.len() < all {
             let count = encode(&mut commands, &mut slice);
-            if let Err(error) = self.exchange(&slice, unread, until, &mut replies) {
+            let unread_commands = sent.by_ref().take(unread);
+            let mut take = |command, value| replies.push(Ok(room.admit(command, value)));
+            if let Err(error) = self.exchange(&slice, unread_commands, until, &mut take) {
                 self.close();
                 replies.resize_with(all, || Err(error.clone()));
             }
@@ -108,12 +114,12 @@ impl Node {
     }
 
     /// Sends a slice, which may be empty, and then reads the replies to the one before.
-    fn exchange(
+    fn exchange<'c>(
         &mut self,
         slice: &[u8],
-        unread: usize,
+        unread: impl Iterator<Item = &'c Command>,
         until: MonoNanos,
-        replies: &mut Vec<Result<Value, RedisError>>,
+        take: &mut impl FnMut(&'c Command, Value),
     ) -> Result<(), RedisError> {
         let in_time = || match Clock::mono_now() < until {
             true => Ok(()),
@@ -127,9 +133,9 @@ impl Node {
         if !slice.is_empty() {
             connection.send_packed_command(slice)?;
         }
-        for _ in 0..unread {
+        for command in unread {
             in_time()?;
-            replies.push(Ok(connection.recv_response()?));
+            take(command, connection.recv_response()?);
         }
         Ok(())
     }
@@ -146,13 +152,42 @@ fn connect(info: &ConnectionInfo, timeout: Duration) -> Result<Connection, Redis
 /// Encodes as many commands as go into one slice; gives how many these are.
 fn encode<'c>(commands: &mut impl Iterator<Item = &'c Command>, slice: &mut Vec<u8>) -> usize {
     slice.clear();
-    let mut count = 0;
+    let (mut count, mut entries) = (0, 0);
     for command in commands.by_ref().take(SLICE_COMMANDS) {
         command.cmd.write_packed_command(slice);
         count += 1;
-        if slice.len() >= SLICE_BYTES {
+        entries += command.whole_entries;
+        if slice.len() >= SLICE_BYTES || entries >= SLICE_ENTRIES {
             break;
         }
     }
     count
+}
+
+/// Bytes that are left for whole journals.
+struct Room(usize);
+
+impl Room {
+    /// The reply, or nil where it may be left out and there is no room for it.
+    fn admit(&mut self, command: &Command, reply: Value) -> Value {
+        if command.whole_entries == 0 {
+            return reply;
+        }
+        match self.0.checked_sub(size(&reply)) {
+            Some(left) => {
+                self.0 = left;
+                reply
+            }
+            None => Value::Nil,
+        }
+    }
+}
+
+/// Bytes of the strings in a reply.
+fn size(reply: &Value) -> usize {
+    match reply {
+        Value::BulkString(bytes) => bytes.len(),
+        Value::Array(values) => values.iter().map(size).sum(),
+        _ => 0,
+    }
 }

@@ -80,6 +80,23 @@ pub fn list(value: &Value) -> Option<Vec<Vec<u8>>> {
     }
 }
 
+/// Fields of a hash with their values; `None` for anything that is no list of pairs of strings.
+#[must_use]
+pub fn pairs(value: Value) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
+    let Value::Array(values) = value else {
+        return None;
+    };
+    let mut values = values.into_iter();
+    let mut pairs = Vec::with_capacity(values.len() / 2);
+    while let Some(field) = values.next() {
+        match (field, values.next()?) {
+            (Value::BulkString(field), Value::BulkString(value)) => pairs.push((field, value)),
+            _ => return None,
+        }
+    }
+    Some(pairs)
+}
+
 /// A page of a hash: the cursor of the next one, 0 behind the last, and the fields.
 #[must_use]
 pub fn page(value: &Value) -> Option<(u64, Vec<Vec<u8>>)> {
@@ -179,6 +196,17 @@ mod tests {
             assert!(scored(&value).is_empty());
         }
         assert_eq!(list(&Value::Array(vec![Value::Int(1)])), None);
+    }
+
+    #[test]
+    fn pairs_are_whole_and_of_strings() {
+        let text = |text: &str| Value::BulkString(text.into());
+        let read = |values: &[Value]| pairs(Value::Array(values.to_vec())).map(|pairs| pairs.len());
+        assert_eq!(read(&[]), Some(0));
+        assert_eq!(read(&[text("a"), text("1")]), Some(1));
+        assert_eq!(read(&[text("a"), text("1"), text("b")]), None);
+        assert_eq!(read(&[text("a"), Value::Array(Vec::new())]), None);
+        assert_eq!(pairs(Value::Nil), None);
     }
 
     #[test]

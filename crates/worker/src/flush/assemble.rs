@@ -15,13 +15,15 @@ use std::{
 use shared::{ids::SpanId, time::UnixMillis};
 use store::entry::EntryHeader;
 
-/// One entry of a journal, without its chunk.
+/// One entry of a journal.
 #[derive(Debug, Clone)]
 pub struct Entry {
     /// Its name in the journal.
     pub field: Vec<u8>,
     /// What that name says.
     pub header: EntryHeader,
+    /// Its chunk, as it is stored, where that was read with the header.
+    pub chunk: Option<Vec<u8>>,
 }
 
 /// A journal's entries, told apart by the position.
@@ -444,6 +446,7 @@ mod tests {
         Entry {
             field: header.encode(),
             header,
+            chunk: None,
         }
     }
 

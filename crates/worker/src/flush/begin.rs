@@ -92,6 +92,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Fl
             budget,
             ttl: config.redis.redis_ttl,
             ledgers: ledgers.clone(),
+            reads_whole: true,
         });
     }
     Ok(Flush {

@@ -140,6 +140,14 @@ impl Choice {
         looks
     }
 
+    /// Forgets the chunks of what has not gone.
+    pub fn forget_chunks(&mut self) {
+        let segments = self.0.iter_mut().flat_map(|trace| &mut trace.ready);
+        for entry in segments.flat_map(|segment| &mut segment.entries) {
+            entry.chunk = None;
+        }
+    }
+
     /// Lets a trace be: it is looked at when its score says so.
     pub fn forget(&mut self, due: &Due) {
         let is_other =
@@ -211,6 +219,7 @@ mod tests {
                 }],
                 bytes,
             },
+            chunk: None,
         };
         let bucket = Bucket {
             slice: None,
@@ -294,6 +303,21 @@ mod tests {
         let (mut choice, due) = choice();
         choice.forget(&due);
         assert!(choice.is_empty());
+    }
+
+    #[test]
+    fn chunks_that_are_forgotten_go_with_no_wave() {
+        let mut journal = journal(&[(1, 90_000, 600), (2, 90_000, 600)], 0, 0);
+        for entry in &mut journal.open {
+            entry.chunk = Some(Vec::new());
+        }
+        let mut choice = Choice::new(vec![journal], &LIMITS);
+        let mut has_chunk = || {
+            let look = choice.wave(&budget(1, 1)).remove(0);
+            choice.forget_chunks();
+            look.flush[0].entries[0].chunk.is_some()
+        };
+        assert_eq!([has_chunk(), has_chunk()], [true, false]);
     }
 
     #[test]

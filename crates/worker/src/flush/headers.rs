@@ -1,9 +1,9 @@
 //! Lifts due traces out of sight of others, then reads what their journals hold.
 //!
 //! In:     `Due` traces.
-//! Out:    a `Journal` for each: its entries below the position, and what could not be read.
+//! Out:    a `Journal` for each: its entries below the position, those of a small one with their chunks, and what could not be read.
 //! Keeps:  lifting stands before reading: whoever inserts from then on lowers the score by itself; however
-//!         large the traces are, a bounded number of headers is held.
+//!         large the traces are, a bounded number of headers is held, and of bytes of chunks.
 //! Knows:  the queue, the position, entry headers. Not what is due in a journal.
 //! Source: docs/store.md 3.
 
@@ -12,7 +12,7 @@ use std::{collections::HashMap, fmt::Display, time::Duration};
 use log::error;
 use shared::{shard::ShardId, time::Clock};
 use store::{
-    client::{Client, Command, reply},
+    client::{Client, Command, WHOLE_BYTES, reply},
     entry::{EntryHeader, HeaderError},
     keys::{Bucket, Member},
     scripts::{QueueCall, QueueMode},
@@ -29,14 +29,17 @@ use crate::{
 };
 
 const ATTEMPT: &str = "look at journals";
+/// Up to so many entries a journal is read whole: chunks that are read with their headers cost no look-up and no round trip of
+/// their own.
+const WHOLE_ENTRIES: u64 = 4;
 /// Entries whose headers one pipeline reads; a single larger trace comes alone, in pages.
 const GROUP_ENTRIES: u64 = 20_000;
 /// Entries of a page. Redis sends their chunks along.
 const PAGE_ENTRIES: u64 = 250;
 /// How many times as many pages are read at most as its entries would fill.
 const PAGES_MAX: u64 = 20;
-/// Bytes of headers from which on a lane looks at no more traces. Decoded they take some five times as many.
-const HEADERS_BYTES: usize = 8 << 20;
+/// Bytes, as they are stored, from which on a lane looks at no more traces. Decoded, headers take some five times as many.
+const LOOK_BYTES: usize = 8 << 20;
 /// Time after which a lane looks at no more traces.
 const LOOK_MAX: Duration = Duration::from_secs(10);
 /// How many looks may fail before a trace is put off, and for how long it is.
@@ -61,9 +64,22 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Bytes of its entries' headers, as they are stored.
-    fn header_bytes(&self) -> usize {
-        self.open.iter().map(|entry| entry.field.len()).sum()
+    /// Bytes of what was read of its entries, as they are stored.
+    fn bytes(&self) -> usize {
+        let chunk = |entry: &Entry| entry.chunk.as_ref().map_or(0, Vec::len);
+        let bytes = self
+            .open
+            .iter()
+            .map(|entry| entry.field.len() + chunk(entry));
+        bytes.sum()
+    }
+
+    /// Unpacked bytes of its spans, where it is small enough to be read whole; else none.
+    fn whole_bytes(&self) -> u64 {
+        match self.open.len() as u64 <= WHOLE_ENTRIES {
+            true => self.open.iter().map(|entry| entry.header.bytes).sum(),
+            false => 0,
+        }
     }
 }
 
@@ -110,13 +126,14 @@ pub struct Looked {
     pub journals: Vec<Journal>,
     /// The traces whose look failed.
     pub failed: Vec<Due>,
-    /// Whether traces were left for the next cycle: their headers would have been too many, or taken too long. They are as due as
-    /// they were.
+    /// Whether traces were left for the next cycle: they would have been too much, or taken too long. They are as due as they were.
     pub left: bool,
+    /// Whether the small journals fit into the room for whole ones even unpacked.
+    pub fits: bool,
 }
 
-/// Lifts the scores of traces and reads positions and headers, a bounded number of them at a time and in all. A trace whose look
-/// failed comes back by its lifted score.
+/// Lifts the scores of traces and reads positions and headers, a bounded number of them at a time and in all, and small journals
+/// whole if asked to. A trace whose look failed comes back by its lifted score.
 ///
 /// # Errors
 /// [`Ended::Stopped`].
@@ -124,6 +141,7 @@ pub fn look(
     client: &mut Client,
     beat: &mut Beat,
     due: Vec<Due>,
+    reads_whole: bool,
     root_timeout: Duration,
     ttl: Duration,
 ) -> Result<Looked, Ended> {
@@ -137,7 +155,7 @@ pub fn look(
     let mut groups = groups(due.into_iter().zip(counts)).into_iter();
     let (mut journals, mut failed, mut bytes) = (Vec::new(), Vec::new(), 0);
     let until = Clock::mono_now().after(LOOK_MAX);
-    while bytes < HEADERS_BYTES
+    while bytes < LOOK_BYTES
         && Clock::mono_now() < until
         && let Some(group) = groups.next()
     {
@@ -155,24 +173,29 @@ pub fn look(
                 )?]
             }
             _ => {
-                let traces = group.into_iter().map(|(due, _)| due).collect();
-                look_at(client, beat, traces, root_timeout, ttl)?
+                let whole = |entries| whole_entries(entries).filter(|_| reads_whole);
+                let group = group
+                    .into_iter()
+                    .map(|(due, entries)| (due, whole(entries)));
+                look_at(client, beat, group.collect(), root_timeout, ttl)?
             }
         };
         for looked in looked {
             match looked {
                 Ok(journal) => {
-                    bytes += journal.header_bytes();
+                    bytes += journal.bytes();
                     journals.push(journal);
                 }
                 Err(due) => failed.push(due),
             }
         }
     }
+    let whole_bytes: u64 = journals.iter().map(Journal::whole_bytes).sum();
     Ok(Looked {
         journals: in_turn(journals),
         failed,
         left: groups.next().is_some(),
+        fits: whole_bytes <= WHOLE_BYTES as u64,
     })
 }
 
@@ -203,7 +226,7 @@ pub fn put_off_all(
     ttl: Duration,
 ) -> Result<(), Ended> {
     let mut commands = Vec::new();
-    for group in by_bucket(traces) {
+    for group in by_bucket(traces, |due| due.bucket) {
         for due in &group {
             error!(
                 "trace shard={} member={} is put off by {}s",
@@ -238,31 +261,52 @@ pub fn put_off_all(
     Ok(())
 }
 
+/// A trace, and as how many entries its journal is read whole; none: its headers are read.
+type Asked = (Due, Option<usize>);
+
 /// Looks at traces, the nodes side by side; gives a journal for each, or the trace whose look failed.
 fn look_at(
     client: &mut Client,
     beat: &mut Beat,
-    group: Vec<Due>,
+    group: Vec<Asked>,
     root_timeout: Duration,
     ttl: Duration,
 ) -> Result<Vec<Result<Journal, Due>>, Ended> {
-    let groups = by_bucket(group);
+    let groups = by_bucket(group, |(due, _)| due.bucket);
     let mut commands = Vec::new();
     for group in &groups {
-        let (Some(first), Some(lift)) = (group.first(), lift(group, root_timeout, ttl)) else {
+        let traces = group.iter().map(|(due, _)| due);
+        let Some(lift) = lift(traces, root_timeout, ttl) else {
             continue;
         };
-        let bucket = first.bucket;
+        let bucket = group[0].0.bucket;
         commands.extend([lift, Command::position(bucket)]);
-        let headers = |due: &Due| Command::headers(bucket, &due.member);
-        commands.extend(group.iter().map(headers));
+        commands.extend(group.iter().map(|(due, whole)| match whole {
+            Some(entries) => Command::whole_journal(bucket, &due.member, *entries),
+            None => Command::headers(bucket, &due.member),
+        }));
     }
     let mut answers = ask(client, beat, ATTEMPT, commands)?.into_iter();
-    let mut looked = Vec::new();
+    let (mut looked, mut not_whole) = (Vec::new(), Vec::new());
     for group in groups {
-        looked.extend(looked_at(group, &mut answers));
+        for outcome in looked_at(group, &mut answers) {
+            match outcome {
+                Outcome::Read(journal) => looked.push(Ok(journal)),
+                Outcome::Failed(due) => looked.push(Err(due)),
+                Outcome::NotWhole(due) => not_whole.push((due, None)),
+            }
+        }
+    }
+    if !not_whole.is_empty() {
+        looked.extend(look_at(client, beat, not_whole, root_timeout, ttl)?);
     }
     Ok(looked)
+}
+
+/// As how many entries a journal is read whole that has so many; none when it is too large for that, or was not counted.
+fn whole_entries(entries: u64) -> Option<usize> {
+    let is_small = (1..=WHOLE_ENTRIES).contains(&entries);
+    usize::try_from(entries).ok().filter(|_| is_small)
 }
 
 /// Looks at one trace whose headers are too many to be read at once: Redis would serve nobody else meanwhile.
@@ -274,7 +318,7 @@ fn look_in_pages(
     root_timeout: Duration,
     ttl: Duration,
 ) -> Result<Result<Journal, Due>, Ended> {
-    let lift = lift(std::slice::from_ref(&due), root_timeout, ttl);
+    let lift = lift(std::iter::once(&due), root_timeout, ttl);
     let mut commands: Vec<Command> = lift.into_iter().collect();
     commands.push(Command::position(due.bucket));
     let mut answers = ask(client, beat, ATTEMPT, commands)?.into_iter();
@@ -298,7 +342,7 @@ fn look_in_pages(
         );
         return Ok(Err(due));
     }
-    Ok(Ok(journal(due, fields, position)))
+    Ok(Ok(journal(due, headers_alone(fields), position)))
 }
 
 /// Reads the fields of a journal to its end; none when that cannot be done now.
@@ -347,45 +391,71 @@ fn not_read(due: &Due, why: &dyn Display) {
 }
 
 /// Lifts the scores of traces of one bucket; none of none.
-fn lift(group: &[Due], root_timeout: Duration, ttl: Duration) -> Option<Command> {
-    let first = group.first()?;
+fn lift<'d>(
+    group: impl Iterator<Item = &'d Due> + Clone,
+    root_timeout: Duration,
+    ttl: Duration,
+) -> Option<Command> {
+    let first = group.clone().next()?;
     let lifted = first.now.after(root_timeout);
     let call = QueueCall {
         bucket: first.bucket,
         ttl,
         mode: QueueMode::Lift,
-        members: group
-            .iter()
-            .map(|due| (due.member.clone(), lifted))
-            .collect(),
+        members: group.map(|due| (due.member.clone(), lifted)).collect(),
     };
     Some(call.command())
 }
 
+/// What a look at one trace came to.
+enum Outcome {
+    Read(Journal),
+    Failed(Due),
+    /// It has grown since it was counted, or there was no room for it: its headers can be read.
+    NotWhole(Due),
+}
+
 /// Reads the answers of one bucket: as many as its part of the commands has.
-fn looked_at(
-    group: Vec<Due>,
-    answers: &mut impl Iterator<Item = Answer>,
-) -> Vec<Result<Journal, Due>> {
+fn looked_at(group: Vec<Asked>, answers: &mut impl Iterator<Item = Answer>) -> Vec<Outcome> {
     let position = position(group.len(), answers.next(), answers.next());
-    let headers: Vec<Answer> = answers.take(group.len()).collect();
+    let read: Vec<Answer> = answers.take(group.len()).collect();
     let Some(position) = position else {
-        return group.into_iter().map(Err).collect();
+        let failed = group.into_iter().map(|(due, _)| Outcome::Failed(due));
+        return failed.collect();
     };
-    let looked = group.into_iter().zip(headers).map(|(due, headers)| {
-        match headers.map(|headers| reply::list(&headers)) {
-            Ok(Some(fields)) => Ok(journal(due, fields, position)),
-            Ok(None) => {
-                not_read(&due, &"reply is no list (check redis version)");
-                Err(due)
-            }
-            Err(refusal) => {
+    let looked = group.into_iter().zip(read).map(|((due, whole), answer)| {
+        let fields = match (answer, whole) {
+            (Ok(reply), Some(most)) => match reply::pairs(reply) {
+                Some(pairs) if pairs.len() <= most => with_chunks(pairs),
+                Some(_) | None => return Outcome::NotWhole(due),
+            },
+            (Ok(reply), None) => match reply::list(&reply) {
+                Some(fields) => headers_alone(fields),
+                None => {
+                    not_read(&due, &"reply is no list (check redis version)");
+                    return Outcome::Failed(due);
+                }
+            },
+            (Err(refusal), _) => {
                 not_read(&due, &refusal);
-                Err(due)
+                return Outcome::Failed(due);
             }
-        }
+        };
+        Outcome::Read(journal(due, fields, position))
     });
     looked.collect()
+}
+
+/// An entry's name in the journal, and its chunk where that was read with it.
+type Field = (Vec<u8>, Option<Vec<u8>>);
+
+fn with_chunks(pairs: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<Field> {
+    let field = |(field, chunk)| (field, Some(chunk));
+    pairs.into_iter().map(field).collect()
+}
+
+fn headers_alone(fields: Vec<Vec<u8>>) -> Vec<Field> {
+    fields.into_iter().map(|field| (field, None)).collect()
 }
 
 /// The position of a bucket, which may have none; nothing if its traces were not lifted before it was read, or it was not read.
@@ -402,11 +472,15 @@ fn position(traces: usize, lift: Option<Answer>, position: Option<Answer>) -> Op
     }
 }
 
-fn journal(due: Due, fields: Vec<Vec<u8>>, position: Option<u64>) -> Journal {
+fn journal(due: Due, fields: Vec<Field>, position: Option<u64>) -> Journal {
     let (mut entries, mut damaged, mut unknown) = (Vec::with_capacity(fields.len()), Vec::new(), 0);
-    for field in fields {
+    for (field, chunk) in fields {
         match EntryHeader::decode(&field) {
-            Ok(header) => entries.push(Entry { field, header }),
+            Ok(header) => entries.push(Entry {
+                field,
+                header,
+                chunk,
+            }),
             Err(HeaderError::UnknownVersion(_)) => unknown += 1,
             Err(HeaderError::Damaged(_)) => damaged.push(field),
         }
@@ -441,19 +515,15 @@ fn in_turn(mut journals: Vec<Journal>) -> Vec<Journal> {
     ranked.into_iter().map(|(_, journal)| journal).collect()
 }
 
-fn by_bucket(mut due: Vec<Due>) -> Vec<Vec<Due>> {
-    due.sort_by_key(|due| due.bucket);
-    let mut groups: Vec<Vec<Due>> = Vec::new();
-    for due in due {
-        match groups.last_mut() {
-            Some(group)
-                if group
-                    .first()
-                    .is_some_and(|first| first.bucket == due.bucket) =>
-            {
-                group.push(due)
-            }
-            _ => groups.push(vec![due]),
+fn by_bucket<T>(mut traces: Vec<T>, bucket_of: impl Fn(&T) -> Bucket) -> Vec<Vec<T>> {
+    traces.sort_by_key(&bucket_of);
+    let mut groups: Vec<Vec<T>> = Vec::new();
+    for trace in traces {
+        let bucket = bucket_of(&trace);
+        let is_of = |group: &&mut Vec<T>| group.first().map(&bucket_of) == Some(bucket);
+        match groups.last_mut().filter(is_of) {
+            Some(group) => group.push(trace),
+            None => groups.push(vec![trace]),
         }
     }
     groups

@@ -46,6 +46,9 @@ use crate::{
 const LANES: usize = 4;
 /// How long one wait for work, or for a lane, may last: both sides show progress in between.
 const SLICE: Duration = Duration::from_millis(250);
+/// How long chunks that were read with their headers may be used: behind that, they are fetched as all others are, since another
+/// flusher may have produced them.
+const FRESH: Duration = Duration::from_secs(1);
 /// The longest that one look's waves keep others waiting that became due meanwhile. It may be longer than the lift of the scores:
 /// no other worker has these shards, and no other lane these traces.
 const WAVES_MAX: Duration = Duration::from_secs(10);
@@ -95,6 +98,8 @@ pub struct Lane<D: Deliver = Deliverer> {
     pub ttl: Duration,
     /// What is counted.
     pub ledgers: BTreeMap<ShardId, Ledger>,
+    /// Whether small journals are read whole: not while they have more bytes than there is room for.
+    pub reads_whole: bool,
 }
 
 /// What a lane leaves.
@@ -298,13 +303,16 @@ impl<D: Deliver> Lane<D> {
             journals,
             failed,
             left: unread,
+            fits,
         } = headers::look(
             &mut self.client,
             &mut self.beat,
             traces.clone(),
+            self.reads_whole,
             self.limits.root_timeout,
             self.ttl,
         )?;
+        self.reads_whole = fits;
         self.beat.phase(Phase::Work);
         let read = journals.iter().map(|journal| journal.due.clone()).collect();
         let mut choice = Choice::new(journals, &self.limits);
@@ -312,7 +320,12 @@ impl<D: Deliver> Lane<D> {
         // As long as it took to come here, so that half of the time goes into what it is for.
         let until = ready.after(ready.since(begun).clamp(CYCLE_EVERY, WAVES_MAX));
         let (mut left_open, mut next) = (false, Vec::new());
+        let mut fresh = true;
         while !left_open && !choice.is_empty() && !self.beat.stopping() {
+            if fresh && Clock::mono_now().since(begun) >= FRESH {
+                fresh = false;
+                choice.forget_chunks();
+            }
             let looks = choice.wave(&self.budget);
             // One that is put off now has a cycle begin for nothing, once.
             next.extend(looks.iter().filter_map(next_look));
@@ -426,6 +439,7 @@ mod tests {
             },
             ttl: config.redis.redis_ttl,
             ledgers: BTreeMap::new(),
+            reads_whole: true,
         }
     }
 

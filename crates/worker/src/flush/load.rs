@@ -1,4 +1,4 @@
-//! Reads the chunks of the chosen segments.
+//! Reads the chunks of the chosen segments, where the look has not.
 //!
 //! In:     what was chosen, with the fields of every segment.
 //! Out:    the same with its spans; what is gone, corrupt or not readable by this build is told apart.
@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use log::{error, warn};
 use store::{
     chunk::{self, Chunk, ChunkError},
-    client::{Client, Command, reply},
+    client::{Client, Command},
     scripts::FieldOut,
 };
 
@@ -59,7 +59,8 @@ pub fn load(client: &mut Client, beat: &mut Beat, looks: Vec<Look>) -> Result<Ve
     let mut commands = Vec::new();
     for look in &looks {
         let wanted = look.flush.iter().map(|segment| &segment.entries[..]);
-        for group in wanted.flat_map(|entries| groups(entries)) {
+        let wanted = wanted.filter(|entries| !have_chunks(entries));
+        for group in wanted.flat_map(groups) {
             commands.push(Command::chunks(
                 look.due.bucket,
                 &look.due.member,
@@ -79,6 +80,11 @@ pub fn load(client: &mut Client, beat: &mut Beat, looks: Vec<Look>) -> Result<Ve
         .into_iter()
         .map(|look| sort(look, &mut answers))
         .collect())
+}
+
+/// Whether all of a segment's chunks were read with their headers.
+fn have_chunks(entries: &[Entry]) -> bool {
+    entries.iter().all(|entry| entry.chunk.is_some())
 }
 
 /// Cuts entries into groups whose spans fit into one reply.
@@ -108,25 +114,17 @@ enum Value {
 /// Sorts the answers of one trace; takes as many as its part of the commands has.
 fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
     let (mut segments, mut given_up) = (Vec::new(), Vec::new());
-    for segment in std::mem::take(&mut look.flush) {
-        let counts: Vec<usize> = groups(&segment.entries)
-            .into_iter()
-            .map(<[Entry]>::len)
-            .collect();
-        let answered: Vec<Option<Vec<store::client::Value>>> = counts
-            .iter()
-            .map(|&count| values(&look.due, answers.next(), count))
-            .collect();
-        if answered.iter().any(Option::is_none) {
+    for mut segment in std::mem::take(&mut look.flush) {
+        if !have_chunks(&segment.entries) && !take_chunks(&look.due, &mut segment.entries, answers)
+        {
             // Nothing of it was taken: it stays, and its lifted score brings it back.
             continue;
         }
-        let values = answered.into_iter().flatten().flatten();
         let Some(Read {
             entries,
             chunks,
             damaged,
-        }) = read_all(&look.due, segment.entries, values)
+        }) = read_all(&look.due, segment.entries)
         else {
             // All of it waits for a build that can read it: what a replay wrote twice must not go out twice.
             let again = look.due.now.after(UNKNOWN_AGAIN);
@@ -158,7 +156,7 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
             continue;
         };
         // How many spans it held is known from its chunk, or not at all: then they turn up as expired.
-        let spans = match read(&look.due, &value, UNTOLD_BYTES) {
+        let spans = match read(&look.due, bytes(value).as_deref(), UNTOLD_BYTES) {
             Value::Spans(chunk) => chunk.len(),
             Value::Gone | Value::Unknown | Value::Corrupt => 0,
         };
@@ -171,6 +169,27 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
     }
 }
 
+/// Takes the chunks of one segment from its part of the answers; false where there is no good one.
+fn take_chunks(
+    due: &Due,
+    entries: &mut [Entry],
+    answers: &mut impl Iterator<Item = Answer>,
+) -> bool {
+    let counts: Vec<usize> = groups(entries).into_iter().map(<[Entry]>::len).collect();
+    // All of them are taken, good or not: what follows is another segment's.
+    let answered: Vec<Option<Vec<store::client::Value>>> = counts
+        .into_iter()
+        .map(|count| values(due, answers.next(), count))
+        .collect();
+    let Some(answered) = answered.into_iter().collect::<Option<Vec<_>>>() else {
+        return false;
+    };
+    for (entry, value) in entries.iter_mut().zip(answered.into_iter().flatten()) {
+        entry.chunk = bytes(value);
+    }
+    true
+}
+
 /// The entries of one segment: those that were read, each with its chunk, and those that hold no spans that could be.
 #[derive(Default)]
 struct Read {
@@ -179,15 +198,12 @@ struct Read {
     damaged: Vec<Entry>,
 }
 
-/// Reads the chunks of one segment; none where one of them is of a build that knows more.
-fn read_all(
-    due: &Due,
-    entries: Vec<Entry>,
-    values: impl Iterator<Item = store::client::Value>,
-) -> Option<Read> {
+/// Unpacks the chunks of one segment; nothing where one of them is of a build that knows more. What has none is gone.
+fn read_all(due: &Due, entries: Vec<Entry>) -> Option<Read> {
     let (mut all, mut is_unknown) = (Read::default(), false);
-    for (entry, value) in entries.into_iter().zip(values) {
-        match read(due, &value, entry.header.bytes) {
+    for mut entry in entries {
+        let chunk = entry.chunk.take();
+        match read(due, chunk.as_deref(), entry.header.bytes) {
             Value::Spans(chunk) if chunk.len() == entry.header.spans.len() => {
                 all.entries.push(entry);
                 all.chunks.push(chunk);
@@ -224,8 +240,15 @@ fn values(due: &Due, answer: Option<Answer>, count: usize) -> Option<Vec<store::
     }
 }
 
-fn read(due: &Due, value: &store::client::Value, bytes_max: u64) -> Value {
-    let Some(bytes) = reply::bytes(value) else {
+fn bytes(value: store::client::Value) -> Option<Vec<u8>> {
+    match value {
+        store::client::Value::BulkString(bytes) => Some(bytes),
+        _ => None,
+    }
+}
+
+fn read(due: &Due, chunk: Option<&[u8]>, bytes_max: u64) -> Value {
+    let Some(bytes) = chunk else {
         return Value::Gone;
     };
     match chunk::decode(bytes, bytes_max) {
@@ -282,6 +305,7 @@ mod tests {
                 spans: Vec::new(),
                 bytes,
             },
+            chunk: None,
         };
         let entries: Vec<Entry> = [3 << 20, 4 << 20, 2 << 20, 20 << 20, 1, 1]
             .map(entry)
