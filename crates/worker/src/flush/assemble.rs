@@ -244,6 +244,10 @@ enum Claim {
 ///
 /// Shape:  for each entry, the first entry of its segment; for each first entry of a segment, the entry whose top names the segment.
 fn hang_together(entries: &[Entry]) -> (Vec<usize>, Vec<Option<usize>>) {
+    // Most traces have one: it is a segment, whatever its top.
+    if entries.len() == 1 {
+        return (vec![0], vec![Some(0)]);
+    }
     let mut sets = Sets::new(entries.len());
     join_overlapping(entries, &mut sets);
     let mut tops = join_same_tops(entries, &mut sets);
