@@ -15,9 +15,9 @@ use store::client::Client;
 use super::{
     Flush,
     assemble::Limits,
-    headers::Failures,
     lanes::{Lane, Lanes, lanes_of},
     produce::Output,
+    put_off::Failures,
     upkeep::Upkeep,
 };
 use crate::{

@@ -16,7 +16,7 @@ use store::{
     scripts::{ClearCall, ClearReply, ClearTrace, FieldOut, NoJournal, QueueCall, QueueMode},
 };
 
-use super::{choose::Look, due::Due, headers::put_off_all, produce::Produced};
+use super::{choose::Look, due::Due, produce::Produced, put_off::put_off_all};
 use crate::{Ended, ask::ask, beat::Beat};
 
 /// Traces and fields that one call removes: about a millisecond, in which the server does nothing else.

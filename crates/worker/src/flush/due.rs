@@ -115,6 +115,21 @@ fn share(waiting: &mut [VecDeque<Due>], limit: usize, due: &mut Vec<Due>) {
     }
 }
 
+/// Cuts what belongs to traces by their buckets; none is empty.
+pub(super) fn by_bucket<T>(mut traces: Vec<T>, bucket_of: impl Fn(&T) -> Bucket) -> Vec<Vec<T>> {
+    traces.sort_by_key(&bucket_of);
+    let mut groups: Vec<Vec<T>> = Vec::new();
+    for trace in traces {
+        let bucket = bucket_of(&trace);
+        let is_of = |group: &&mut Vec<T>| group.first().map(&bucket_of) == Some(bucket);
+        match groups.last_mut().filter(is_of) {
+            Some(group) => group.push(trace),
+            None => groups.push(vec![trace]),
+        }
+    }
+    groups
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

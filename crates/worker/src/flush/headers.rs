@@ -14,13 +14,12 @@ use shared::{shard::ShardId, time::Clock};
 use store::{
     client::{Client, Command, WHOLE_BYTES, reply},
     entry::{EntryHeader, HeaderError},
-    keys::{Bucket, Member},
     scripts::{QueueCall, QueueMode},
 };
 
 use super::{
     assemble::{Entry, gate},
-    due::Due,
+    due::{Due, by_bucket},
 };
 use crate::{
     Ended,
@@ -42,12 +41,6 @@ const PAGES_MAX: u64 = 20;
 const LOOK_BYTES: usize = 8 << 20;
 /// Time after which a lane looks at no more traces.
 const LOOK_MAX: Duration = Duration::from_secs(10);
-/// How many looks may fail before a trace is put off, and for how long it is.
-const LOOKS_MAX: u32 = 3;
-const PUT_OFF: Duration = Duration::from_secs(600);
-/// The most failing traces that are remembered; beyond it counting begins anew.
-const FAILURES_MAX: usize = 10_000;
-
 /// One trace's journal as a look found it.
 #[derive(Debug)]
 pub struct Journal {
@@ -81,42 +74,6 @@ impl Journal {
             false => 0,
         }
     }
-}
-
-/// Traces whose look failed, and how often in a row.
-#[derive(Debug, Default)]
-pub struct Failures(HashMap<(Bucket, Member), u32>);
-
-impl Failures {
-    /// Forgets the traces that were read, and counts those whose look failed; gives those of them that are to be put off.
-    pub fn count(&mut self, read: &[Due], failed: Vec<Due>) -> Vec<Due> {
-        if self.0.is_empty() && failed.is_empty() {
-            return Vec::new();
-        }
-        for due in read {
-            self.0.remove(&key(due));
-        }
-        let mut put_off = failed;
-        put_off.retain(|due| self.add(due));
-        put_off
-    }
-
-    fn add(&mut self, due: &Due) -> bool {
-        if self.0.len() >= FAILURES_MAX {
-            self.0.clear();
-        }
-        let count = self.0.entry(key(due)).or_default();
-        *count += 1;
-        let put_off = *count >= LOOKS_MAX;
-        if put_off {
-            self.0.remove(&key(due));
-        }
-        put_off
-    }
-}
-
-fn key(due: &Due) -> (Bucket, Member) {
-    (due.bucket, due.member.clone())
 }
 
 /// What a lane looked at.
@@ -213,52 +170,6 @@ fn groups(due: impl Iterator<Item = (Due, u64)>) -> Vec<Vec<(Due, u64)>> {
         }
     }
     groups
-}
-
-/// Lifts the scores of traces far up: nothing can be done for them now.
-///
-/// # Errors
-/// [`Ended::Stopped`].
-pub fn put_off_all(
-    client: &mut Client,
-    beat: &mut Beat,
-    traces: Vec<Due>,
-    ttl: Duration,
-) -> Result<(), Ended> {
-    let mut commands = Vec::new();
-    for group in by_bucket(traces, |due| due.bucket) {
-        for due in &group {
-            error!(
-                "trace shard={} member={} is put off by {}s",
-                due.bucket.shard,
-                due.member,
-                PUT_OFF.as_secs()
-            );
-        }
-        let Some(bucket) = group.first().map(|first| first.bucket) else {
-            continue;
-        };
-        let members = group
-            .into_iter()
-            .map(|due| (due.member, due.now.after(PUT_OFF)))
-            .collect();
-        commands.push(
-            QueueCall {
-                bucket,
-                ttl,
-                mode: QueueMode::Lift,
-                members,
-            }
-            .command(),
-        );
-    }
-    for refusal in ask(client, beat, "put traces off", commands)?
-        .into_iter()
-        .filter_map(Result::err)
-    {
-        error!("put traces off: {refusal}");
-    }
-    Ok(())
 }
 
 /// A trace, and as how many entries its journal is read whole; none: its headers are read.
@@ -515,20 +426,6 @@ fn in_turn(mut journals: Vec<Journal>) -> Vec<Journal> {
     ranked.into_iter().map(|(_, journal)| journal).collect()
 }
 
-fn by_bucket<T>(mut traces: Vec<T>, bucket_of: impl Fn(&T) -> Bucket) -> Vec<Vec<T>> {
-    traces.sort_by_key(&bucket_of);
-    let mut groups: Vec<Vec<T>> = Vec::new();
-    for trace in traces {
-        let bucket = bucket_of(&trace);
-        let is_of = |group: &&mut Vec<T>| group.first().map(&bucket_of) == Some(bucket);
-        match groups.last_mut().filter(is_of) {
-            Some(group) => group.push(trace),
-            None => groups.push(vec![trace]),
-        }
-    }
-    groups
-}
-
 #[cfg(test)]
 mod tests {
     use shared::{
@@ -536,6 +433,7 @@ mod tests {
         shard::BucketId,
         time::UnixMillis,
     };
+    use store::keys::{Bucket, Member};
 
     use super::*;
 
@@ -550,23 +448,6 @@ mod tests {
             score: UnixMillis(number),
             now: UnixMillis(1_000),
         }
-    }
-
-    #[test]
-    fn a_trace_is_put_off_after_three_failures_in_a_row() {
-        let mut failures = Failures::default();
-        let mut look = |failed: &[u64]| -> Vec<u64> {
-            let read = (1..=2).filter(|number| !failed.contains(number));
-            let read: Vec<Due> = read.map(due).collect();
-            let failed = failed.iter().map(|&number| due(number)).collect();
-            let put_off = failures.count(&read, failed);
-            put_off.into_iter().map(|due| due.score.0).collect()
-        };
-        assert!(look(&[1, 2]).is_empty());
-        assert!(look(&[1]).is_empty(), "the other one was read");
-        assert_eq!(look(&[1, 2]), [1]);
-        assert!(look(&[1, 2]).is_empty(), "it begins anew");
-        assert_eq!(look(&[2]), [2]);
     }
 
     #[test]

@@ -23,8 +23,8 @@ use store::{
 
 use self::{
     due::{Due, Queues},
-    headers::Failures,
     lanes::{Heard, Lanes},
+    put_off::Failures,
     upkeep::Upkeep,
 };
 use crate::{
@@ -43,6 +43,7 @@ pub mod lanes;
 pub mod load;
 pub mod message;
 pub mod produce;
+pub mod put_off;
 pub mod upkeep;
 
 /// The longest sleep between two looks at the clocks on the board.
@@ -168,7 +169,7 @@ impl Flush {
     fn take(&mut self, heard: Heard) -> Result<Vec<(Bucket, UnixMillis)>, Ended> {
         let put_off = self.failures.count(&heard.read, heard.failed);
         let ttl = self.config.redis.redis_ttl;
-        headers::put_off_all(&mut self.client, &mut self.beat, put_off, ttl)?;
+        put_off::put_off_all(&mut self.client, &mut self.beat, put_off, ttl)?;
         Ok(heard.next)
     }
 
