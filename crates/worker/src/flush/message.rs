@@ -309,19 +309,20 @@ fn clean_cuts(spans: &[Edited<'_>]) -> Vec<bool> {
 
 /// The hash of what is in a message: shard, trace, and offset and id of each span, with lengths where they are not fixed.
 fn flush_id(shard: ShardId, member: &Member, spans: &[Edited<'_>]) -> String {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&shard.0.to_le_bytes());
-    hasher.update(&count(member.as_bytes().len()).to_le_bytes());
-    hasher.update(member.as_bytes());
+    // In one piece: a hasher that is given many small ones costs several times as much.
+    let mut hashed = Vec::with_capacity(16 + member.as_bytes().len() + 24 * spans.len());
+    hashed.extend_from_slice(&shard.0.to_le_bytes());
+    hashed.extend_from_slice(&count(member.as_bytes().len()).to_le_bytes());
+    hashed.extend_from_slice(member.as_bytes());
     let mut id = Vec::new();
     for Edited { span, .. } in spans {
         id.clear();
         span.id.write_to(&mut id);
-        hasher.update(&span.offset.to_le_bytes());
-        hasher.update(&count(id.len()).to_le_bytes());
-        hasher.update(&id);
+        hashed.extend_from_slice(&span.offset.to_le_bytes());
+        hashed.extend_from_slice(&count(id.len()).to_le_bytes());
+        hashed.extend_from_slice(&id);
     }
-    hasher.finalize().to_hex()[..FLUSH_ID_DIGITS].to_owned()
+    blake3::hash(&hashed).to_hex()[..FLUSH_ID_DIGITS].to_owned()
 }
 
 fn payload(spans: &[Edited<'_>], flush_id: &str, end: &[u8]) -> Vec<u8> {
