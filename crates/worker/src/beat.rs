@@ -3,13 +3,14 @@
 //! In:     what the role is doing; attempts that failed or came back.
 //! Out:    progress, phase, health and backpressure in the worker's own slot; a line when something stays away.
 //! Keeps:  one reason a cell: the board shows the oldest of them, and each is cleared by whoever set it; of several threads the
-//!         slot shows the one that moved longest ago, so that one that hangs is seen.
+//!         slot shows the one that moved longest ago, so that one that hangs is seen; when one panics all are asked to stop.
 //! Knows:  the board. It decides nothing.
 //! Source: docs/supervision.md 2, 3; docs/spec.md 6.1.
 
 use std::{
     error::Error,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -375,6 +376,10 @@ impl Beat {
 
 impl Drop for Beat {
     fn drop(&mut self) {
+        // The others end as well, and whoever joins them passes the panic on.
+        if thread::panicking() {
+            self.stop();
+        }
         let place = self.place;
         let mut slot = self.slot();
         slot.change(|holds| {
@@ -415,6 +420,21 @@ pub(crate) mod tests {
         };
         let beat = Beat::new(owner.board(), &launch, Stop::install().unwrap());
         (beat, owner)
+    }
+
+    #[test]
+    fn a_panic_of_one_thread_asks_all_to_stop() {
+        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into());
+        let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
+        let (main, _owner) = alone(&config);
+        drop(main.another());
+        assert!(!main.stopping(), "it has only let go");
+        let held = main.another();
+        let panics = thread::spawn(move || {
+            let _held = held;
+            panic!("one thread");
+        });
+        assert!(panics.join().is_err() && main.stopping());
     }
 
     #[test]
