@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use bytes::Bytes;
 use shared::time::UnixMillis;
 use stand::{
     recording::Recording,
@@ -24,11 +25,11 @@ pub(crate) const ARRIVAL: UnixMillis = UnixMillis(1_700_000_000_000);
 /// The messages of a case.
 pub(crate) struct Input {
     /// The messages, by subsegment, in order of arrival.
-    messages: Vec<Vec<Vec<u8>>>,
+    messages: Vec<Vec<Bytes>>,
 }
 
 /// The spans of one subsegment, as they arrived.
-pub(crate) type Envelope<'a> = Vec<Arrived<'a>>;
+pub(crate) type Envelope = Vec<Arrived>;
 
 impl Input {
     /// `total` spans in segments of `size`.
@@ -62,7 +63,7 @@ impl Input {
                         end: ARRIVAL.0 * 1_000 + rng.below(900_000),
                         ..Span::default()
                     };
-                    envelope.push(render(&span, serial, SPAN_BYTES, &mut rng));
+                    envelope.push(Bytes::from(render(&span, serial, SPAN_BYTES, &mut rng)));
                 }
                 messages.push(envelope);
             }
@@ -72,9 +73,9 @@ impl Input {
 
     /// Recorded spans, in order of arrival: real groups come out of whole batches.
     pub(crate) fn recorded(path: &Path) -> Self {
-        let messages: Vec<Vec<u8>> = Recording::open(path, ARRIVAL, 1)
+        let messages: Vec<Bytes> = Recording::open(path, ARRIVAL, 1)
             .unwrap()
-            .map(|message| message.unwrap().payload)
+            .map(|message| Bytes::from(message.unwrap().payload))
             .collect();
         Self {
             messages: messages.chunks(BATCH_SPANS).map(<[_]>::to_vec).collect(),
@@ -86,22 +87,23 @@ impl Input {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.messages.iter().flatten().map(Vec::len).sum()
+        self.messages.iter().flatten().map(Bytes::len).sum()
     }
 
     /// The parsed spans, in batches.
-    pub(crate) fn batches(&self) -> Vec<Vec<Envelope<'_>>> {
+    pub(crate) fn batches(&self) -> Vec<Vec<Envelope>> {
         let mut offset = 0;
-        let mut batches: Vec<Vec<Envelope<'_>>> = Vec::new();
+        let mut batches: Vec<Vec<Envelope>> = Vec::new();
         let mut room = 0;
         for envelope in &self.messages {
-            let spans: Envelope<'_> = envelope
+            let spans: Envelope = envelope
                 .iter()
                 .map(|json| {
                     offset += 1;
                     Arrived {
                         offset: offset - 1,
                         time: ARRIVAL,
+                        json: json.clone(),
                         span: parse(json).unwrap(),
                     }
                 })

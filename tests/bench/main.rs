@@ -61,8 +61,10 @@ const SIZES: [usize; 5] = [1, 5, 100, 10_000, 100_000];
 
 /// One way to keep spans until their segments are due.
 trait Way {
+    /// Begins anew, on an empty server. What a process keeps for as long as it runs, connections, threads and their memory, stays.
+    fn begin(&mut self) {}
     /// Inserts a batch; what Redis has to do may still be under way.
-    fn insert(&mut self, batch: Vec<Envelope<'_>>);
+    fn insert(&mut self, batch: Vec<Envelope>);
     /// Waits until all is in.
     fn end_insert(&mut self) {}
     fn flush(&mut self) -> Flushed;
@@ -83,7 +85,7 @@ impl Flushed {
 }
 
 /// The subsegments of a batch: each envelope is grouped alone.
-fn groups(batch: Vec<Envelope<'_>>) -> Vec<Subsegment<'_>> {
+fn groups(batch: Vec<Envelope>) -> Vec<Subsegment> {
     batch
         .into_iter()
         .flat_map(|envelope| group(envelope, &GROUP_LIMITS))
@@ -182,14 +184,15 @@ fn store(rest: &[String]) {
             if rest.len() > 1 && !rest[1..].iter().any(|wanted| wanted == codec) {
                 continue;
             }
-            // The first round warms caches and the server's memory, and is thrown away.
+            let mut ways = WAYS.map(|name| (name, way(name, &redis, compression)));
+            // The first round warms caches and memory, and is thrown away.
             for round in 0..=ROUNDS {
-                for name in WAYS {
-                    let costs = measure(name, &redis, compression, &batches, input.spans());
+                for (name, way) in &mut ways {
+                    let costs = measure(way.as_mut(), &redis, &batches, input.spans());
                     if round > 0 {
                         for (phase, cost) in ["insert", "flush"].iter().zip(&costs) {
                             results.add(
-                                &[&round.to_string(), name, &size.to_string(), codec, phase],
+                                &[&round.to_string(), *name, &size.to_string(), codec, phase],
                                 cost,
                             );
                         }
@@ -201,15 +204,9 @@ fn store(rest: &[String]) {
 }
 
 /// One way, from an empty server to an empty server.
-fn measure(
-    name: &str,
-    redis: &Redis,
-    compression: Compression,
-    batches: &[Vec<Envelope<'_>>],
-    spans: usize,
-) -> [Cost; 2] {
+fn measure(way: &mut dyn Way, redis: &Redis, batches: &[Vec<Envelope>], spans: usize) -> [Cost; 2] {
     redis.flush_all().unwrap();
-    let mut way = way(name, redis, compression);
+    way.begin();
     let copies = batches.to_vec();
     let meter = Meter::start(redis);
     for batch in copies {
@@ -220,10 +217,7 @@ fn measure(
     let meter = Meter::start(redis);
     let flushed = way.flush();
     let flush = meter.stop(spans);
-    assert_eq!(
-        flushed.spans, spans as u64,
-        "{name}: every span comes out once"
-    );
+    assert_eq!(flushed.spans, spans as u64, "every span comes out once");
     [insert, flush]
 }
 
@@ -237,6 +231,7 @@ fn commands(size: usize, ways: &[String]) {
     for name in WAYS.into_iter().filter(wanted) {
         redis.flush_all().unwrap();
         let mut way = way(name, &redis, Compression::Lz4);
+        way.begin();
         for phase in ["insert", "flush"] {
             redis::cmd("CONFIG")
                 .arg("RESETSTAT")
@@ -276,13 +271,15 @@ fn codecs(files: &[String]) {
             input.spans(),
             input.bytes() / input.spans()
         );
+        let mut ways = [Compression::None, Compression::Lz4, Compression::Zstd]
+            .map(|compression| (compression, way("product", &redis, compression)));
         for round in 0..=ROUNDS {
-            for compression in [Compression::None, Compression::Lz4, Compression::Zstd] {
-                let costs = measure("product", &redis, compression, &batches, input.spans());
+            for (compression, way) in &mut ways {
+                let costs = measure(way.as_mut(), &redis, &batches, input.spans());
                 if round > 0 {
                     for (phase, cost) in ["insert", "flush"].iter().zip(&costs) {
                         results.add(
-                            &[&round.to_string(), &name, "-", name_of(compression), phase],
+                            &[&round.to_string(), &name, "-", name_of(*compression), phase],
                             cost,
                         );
                     }

@@ -52,8 +52,8 @@ impl Original {
     }
 
     /// One member: a frame of all payloads; without compression each payload is a member.
-    fn members(&mut self, subsegment: &Subsegment<'_>) -> Vec<Vec<u8>> {
-        let payloads = subsegment.spans.iter().map(|arrived| arrived.span.json);
+    fn members(&mut self, subsegment: &Subsegment) -> Vec<Vec<u8>> {
+        let payloads = subsegment.spans.iter().map(|arrived| &arrived.json[..]);
         match &mut self.compressor {
             None => payloads.map(<[u8]>::to_vec).collect(),
             Some(compressor) => {
@@ -63,7 +63,7 @@ impl Original {
         }
     }
 
-    fn call(&self, subsegment: &Subsegment<'_>, trace: &str, salt: &str) -> Cmd {
+    fn call(&self, subsegment: &Subsegment, trace: &str, salt: &str) -> Cmd {
         let mut call = redis::cmd("EVALSHA");
         call.arg(&self.script).arg(1).arg(trace);
         call.arg(subsegment.spans.len())
@@ -200,7 +200,7 @@ impl Original {
 }
 
 impl Way for Original {
-    fn insert(&mut self, batch: Vec<Envelope<'_>>) {
+    fn insert(&mut self, batch: Vec<Envelope>) {
         let subsegments = groups(batch);
         let (mut payloads, mut calls) = (Vec::new(), Vec::new());
         for subsegment in &subsegments {
@@ -256,7 +256,7 @@ impl Way for Original {
 }
 
 /// 32 digits out of the ids of the spans: the same for the same subsegment.
-fn salt(subsegment: &Subsegment<'_>) -> String {
+fn salt(subsegment: &Subsegment) -> String {
     let half = |seed: u8| {
         let mut hasher = DefaultHasher::new();
         seed.hash(&mut hasher);

@@ -3,7 +3,14 @@
 //! Keeps:  nothing of them is copied here: what is measured is what runs.
 //! Source: crates/worker/src/ingest/mod.rs, crates/worker/src/flush/mod.rs.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use shared::{
     board::BoardOwner,
@@ -13,7 +20,7 @@ use shared::{
     signals::Stop,
     time::UnixMillis,
 };
-use stand::redis::Redis;
+use stand::{pause, redis::Redis};
 use store::{client::Client, keys::Bucket};
 use worker::{
     beat::Beat,
@@ -29,9 +36,10 @@ use worker::{
         clocks::Clocks,
         dlq::DeadLetters,
         encode::{Encoded, Writing},
-        insert::Store,
+        insert::{Inserted, Store},
         journal::Encoder,
-        writer::Writer,
+        stages::Stages,
+        writer::{SharedStore, Writer},
     },
 };
 
@@ -48,29 +56,47 @@ const BUCKET: Bucket = Bucket {
 };
 /// Everything is due.
 const LATER: UnixMillis = UnixMillis(ARRIVAL.0 + 3_600_000);
+/// How long one wait for the lanes lasts.
+const LANES_SLICE: Duration = Duration::from_micros(200);
 
 pub(crate) struct Product {
     config: Config,
     encoder: Encoder,
     dead_letters: DeadLetters,
-    writer: Writer,
+    store: SharedStore,
+    writing: Stages<Encoded, Inserted>,
+    lanes: Lanes<Nobody>,
+    /// What the lanes have taken, since they began.
+    taken: Nobody,
     client: Client,
     beat: Beat,
     _board: BoardOwner,
     offset: u64,
 }
 
-/// Takes every message and forgets it.
-#[derive(Debug, Default)]
-struct Nobody(Flushed);
+/// Takes every message and forgets it, but for how many spans and bytes there were.
+#[derive(Debug, Clone, Default)]
+struct Nobody(Arc<(AtomicU64, AtomicUsize)>);
+
+impl Nobody {
+    fn flushed(&self) -> Flushed {
+        Flushed {
+            spans: self.0.0.load(Ordering::Relaxed),
+            bytes: self.0.1.load(Ordering::Relaxed),
+        }
+    }
+}
 
 impl Deliver for Nobody {
     fn deliver(&mut self, messages: &[Outgoing<'_>], _: &mut Beat) -> Vec<Result<(), Fault>> {
+        let mut flushed = Flushed::default();
         for message in messages {
             let spans = message.headers.iter().find(|(name, _)| *name == "spans");
             let spans = std::str::from_utf8(&spans.unwrap().1).unwrap().parse();
-            self.0.add(spans.unwrap(), message.payload.unwrap());
+            flushed.add(spans.unwrap(), message.payload.unwrap());
         }
+        self.0.0.fetch_add(flushed.spans, Ordering::Relaxed);
+        self.0.1.fetch_add(flushed.bytes, Ordering::Relaxed);
         vec![Ok(()); messages.len()]
     }
 }
@@ -101,16 +127,24 @@ impl Product {
         };
         let mut beat = Beat::new(board.board(), &launch, Stop::install_interactive().unwrap());
         beat.ready();
-        let mut client = Client::new(&config.redis).unwrap();
-        let instance = client.meta(&shards).unwrap().instance;
-        let writer = Client::new(&config.redis).unwrap();
-        let mut store = Store::new(writer, instance, &config.redis, &config.buffer);
-        store.adopt(SHARD, &mut beat).unwrap();
+        let store = SharedStore::new(open(&config));
+        let encoder = Encoder::new(store.take().buckets(), &config.redis, &config.buffer);
+        let writer = Writer {
+            store: store.clone(),
+            clocks: Clocks::default(),
+            ledgers: BTreeMap::new(),
+        };
+        let taken = Nobody::default();
         Self {
-            encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
+            encoder,
             dead_letters: DeadLetters::new(&config.kafka).unwrap(),
-            writer: Writer::start(store, Clocks::default(), BTreeMap::new(), beat.another()),
-            client,
+            store,
+            writing: Stages::start(beat.another(), move |batch, beat: &mut Beat| {
+                writer.write(batch, beat)
+            }),
+            lanes: lanes(&config, &taken, &beat),
+            taken,
+            client: Client::new(&config.redis).unwrap(),
             beat,
             _board: board,
             offset: 0,
@@ -118,51 +152,67 @@ impl Product {
         }
     }
 
-    /// The lanes of a worker, as `flush::begin` makes them.
-    fn lanes(&self) -> Lanes<Nobody> {
-        let buffer = &self.config.buffer;
-        let limits = Limits {
-            timeout: buffer.timeout,
-            root_timeout: buffer.root_timeout,
-            max_segment_age: buffer.max_segment_age,
-            max_segment_bytes: SEGMENT_BYTES_MAX,
-            max_trace_bytes: buffer.max_trace_bytes,
-            max_trace_entries: buffer.max_trace_entries,
-        };
-        let (count, budget) = lanes_of(&self.config.flush);
-        let lane = || Lane {
-            client: Client::new(&self.config.redis).unwrap(),
-            beat: self.beat.another(),
-            output: Output::new(&self.config, Nobody::default(), None, SEGMENT_BYTES_MAX),
-            limits,
-            budget,
-            ttl: self.config.redis.redis_ttl,
-            ledgers: BTreeMap::new(),
-            reads_whole: true,
-        };
-        Lanes::start((0..count).map(|_| lane()).collect())
+    /// Waits until the batch before is in.
+    fn written(&mut self) {
+        while let Some(inserted) = self.writing.next(0, &self.beat).unwrap() {
+            assert!(inserted.rewind().is_empty());
+        }
     }
 
-    /// The store, when the batch before is in.
-    fn take_store(&mut self) -> Store {
-        let (store, written) = self.writer.take(&self.beat).unwrap();
-        assert!(written.is_none_or(|inserted| inserted.rewind().is_empty()));
-        store
-    }
-
-    fn cycle(&mut self, lanes: &mut Lanes<Nobody>) -> bool {
-        let (client, beat) = (&mut self.client, &mut self.beat);
+    /// Hands what is due to the lanes; whether there was any.
+    fn cycle(&mut self) -> bool {
+        let (client, beat, lanes) = (&mut self.client, &mut self.beat, &mut self.lanes);
         lanes.hear().unwrap();
         let queues = due::read(client, beat, &[(BUCKET, LATER)], lanes.wanted()).unwrap();
         let mut due = queues.due;
         due.retain(|due| !lanes.hold(due));
+        let is_over = due.is_empty() && !queues.more;
         lanes.hand(due, beat).unwrap();
-        queues.more | lanes.take_left()
+        !is_over
     }
 }
 
+/// The write side of the store.
+fn open(config: &Config) -> Store {
+    let mut client = Client::new(&config.redis).unwrap();
+    let instance = client.meta(&config.supervision.shards).unwrap().instance;
+    Store::new(client, instance, &config.redis, &config.buffer)
+}
+
+/// The lanes of a worker, as `flush::begin` makes them.
+fn lanes(config: &Config, taken: &Nobody, beat: &Beat) -> Lanes<Nobody> {
+    let buffer = &config.buffer;
+    let limits = Limits {
+        timeout: buffer.timeout,
+        root_timeout: buffer.root_timeout,
+        max_segment_age: buffer.max_segment_age,
+        max_segment_bytes: SEGMENT_BYTES_MAX,
+        max_trace_bytes: buffer.max_trace_bytes,
+        max_trace_entries: buffer.max_trace_entries,
+    };
+    let (count, budget) = lanes_of(&config.flush);
+    let lane = || Lane {
+        client: Client::new(&config.redis).unwrap(),
+        beat: beat.another(),
+        output: Output::new(config, taken.clone(), None, SEGMENT_BYTES_MAX),
+        limits,
+        budget,
+        ttl: config.redis.redis_ttl,
+        ledgers: BTreeMap::new(),
+        reads_whole: true,
+    };
+    Lanes::start((0..count).map(|_| lane()).collect())
+}
+
 impl Way for Product {
-    fn insert(&mut self, batch: Vec<Envelope<'_>>) {
+    fn begin(&mut self) {
+        self.offset = 0;
+        let mut store = self.store.take();
+        *store = open(&self.config);
+        store.adopt(SHARD, &mut self.beat).unwrap();
+    }
+
+    fn insert(&mut self, batch: Vec<Envelope>) {
         let first = self.offset;
         self.offset += batch
             .iter()
@@ -184,32 +234,31 @@ impl Way for Product {
             journals: self.encoder.encode(SHARD, ARRIVAL, &subsegments),
             settled: self.dead_letters.settle(&[], &mut self.beat).unwrap(),
         };
-        let store = self.take_store();
-        self.writer.hand(store, encoded);
+        self.written();
+        self.writing.hand(encoded);
     }
 
     fn end_insert(&mut self) {
-        let store = self.take_store();
-        self.writer.keep(store);
+        self.written();
     }
 
     fn flush(&mut self) -> Flushed {
-        let mut flushed = Flushed::default();
-        // What a lane left is seen when it has ended its part.
+        let (before, idle) = (self.taken.flushed(), self.lanes.wanted());
+        // What a lane leaves is seen when it has ended its part.
         loop {
-            let mut lanes = self.lanes();
-            while self.cycle(&mut lanes) {}
-            let (outputs, ended) = lanes.end(&mut self.beat);
-            ended.unwrap();
-            let before = flushed.spans;
-            for mut output in outputs {
-                let Flushed { spans, bytes } = output.deliverer_mut().0;
-                flushed.spans += spans;
-                flushed.bytes += bytes;
+            while self.cycle() {}
+            if self.lanes.wanted() == idle {
+                break;
             }
-            if flushed.spans == before {
-                return flushed;
+            while self.lanes.wanted() > idle {
+                pause(LANES_SLICE);
+                self.lanes.hear().unwrap();
             }
+        }
+        let after = self.taken.flushed();
+        Flushed {
+            spans: after.spans - before.spans,
+            bytes: after.bytes - before.bytes,
         }
     }
 }

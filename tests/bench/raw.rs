@@ -45,7 +45,7 @@ impl Raw {
         }
     }
 
-    fn remember(&mut self, subsegment: &Subsegment<'_>, key: Vec<u8>) {
+    fn remember(&mut self, subsegment: &Subsegment, key: Vec<u8>) {
         let header = header(subsegment, ARRIVAL);
         let member = Member::new(subsegment.project, &subsegment.trace);
         // A trace of the bench is one segment, and its spans come one behind the other.
@@ -64,13 +64,13 @@ impl Raw {
 }
 
 impl Way for Raw {
-    fn insert(&mut self, batch: Vec<Envelope<'_>>) {
+    fn insert(&mut self, batch: Vec<Envelope>) {
         let mut commands = Vec::new();
         for subsegment in groups(batch) {
             let payloads: Vec<_> = subsegment
                 .spans
                 .iter()
-                .map(|arrived| (arrived.span.json, &arrived.span.splice))
+                .map(|arrived| (&arrived.json[..], &arrived.span.splice))
                 .collect();
             let chunk = chunk::encode(self.codec, &payloads);
             let key = format!("raw:{}", self.next_key).into_bytes();

@@ -4,6 +4,7 @@
 
 use std::{hint::black_box, time::Duration};
 
+use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput};
 use shared::{
     ids::{ProjectId, SpanId, TraceId},
@@ -40,7 +41,7 @@ const LIMITS_OF_GROUP: GroupLimits = GroupLimits {
 
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
-    let messages: Vec<Vec<u8>> = (0..SPANS).map(message).collect();
+    let messages: Vec<Bytes> = (0..SPANS).map(message).collect();
     way_in(&mut criterion, &messages);
     way_out(&mut criterion, &messages);
     criterion.final_summary();
@@ -51,7 +52,7 @@ fn id(place: usize) -> String {
 }
 
 /// About a kilobyte.
-fn message(place: usize) -> Vec<u8> {
+fn message(place: usize) -> Bytes {
     let (segment, from_last) = (place / SEGMENT, place % SEGMENT);
     let root = id(segment * SEGMENT + SEGMENT - 1);
     let parent = if from_last == SEGMENT - 1 {
@@ -72,15 +73,16 @@ fn message(place: usize) -> Vec<u8> {
         id(place),
         attributes.join(",")
     )
-    .into_bytes()
+    .into()
 }
 
-fn arrived(messages: &[Vec<u8>]) -> Vec<Arrived<'_>> {
+fn arrived(messages: &[Bytes]) -> Vec<Arrived> {
     (0..)
         .zip(messages)
         .map(|(offset, json)| Arrived {
             offset,
             time: NOW,
+            json: json.clone(),
             span: parse(json).unwrap(),
         })
         .collect()
@@ -90,7 +92,7 @@ fn spans(count: usize) -> Throughput {
     Throughput::Elements(u64::try_from(count).unwrap())
 }
 
-fn way_in(criterion: &mut Criterion, messages: &[Vec<u8>]) {
+fn way_in(criterion: &mut Criterion, messages: &[Bytes]) {
     let mut ingest = criterion.benchmark_group("ingest");
     ingest.throughput(spans(SPANS));
     ingest.bench_function("parse", |bencher| {
@@ -112,16 +114,16 @@ fn way_in(criterion: &mut Criterion, messages: &[Vec<u8>]) {
 }
 
 /// What lies in Redis of a segment, entry by entry.
-fn journal(messages: &[Vec<u8>]) -> Vec<(EntryHeader, chunk::Chunk)> {
+fn journal(messages: &[Bytes]) -> Vec<(EntryHeader, chunk::Chunk)> {
     let arrived = arrived(messages);
     let subsegments = arrived
         .chunks(ENTRY)
         .flat_map(|spans| group(spans.to_vec(), &LIMITS_OF_GROUP));
-    let entry = |subsegment: Subsegment<'_>| {
+    let entry = |subsegment: Subsegment| {
         let payloads: Vec<_> = subsegment
             .spans
             .iter()
-            .map(|span| (span.span.json, &span.span.splice))
+            .map(|span| (&span.json[..], &span.span.splice))
             .collect();
         let packed = chunk::encode(Codec::None, &payloads);
         let chunk = chunk::decode(&packed, u64::MAX).unwrap();
@@ -130,7 +132,7 @@ fn journal(messages: &[Vec<u8>]) -> Vec<(EntryHeader, chunk::Chunk)> {
     subsegments.map(entry).collect()
 }
 
-fn way_out(criterion: &mut Criterion, messages: &[Vec<u8>]) {
+fn way_out(criterion: &mut Criterion, messages: &[Bytes]) {
     const LIMITS: Limits = Limits {
         timeout: Duration::from_secs(60),
         root_timeout: Duration::from_secs(10),

@@ -1,13 +1,14 @@
 //! Sorts the records of one batch: by shard, into spans to insert and messages to refuse.
 //!
 //! In:     `Record`s as they came, each shard's in offset order; where the buckets stand.
-//! Out:    a `Part` of the batch for each shard that got anything.
+//! Out:    a `Part` of the batch for each shard that got anything; with its `now` it goes into a `Batch`.
 //! Keeps:  every record is counted in exactly one of spans, refused, standing (below its bucket's position).
 //! Knows:  parsing and buckets. No Kafka, no Redis, no clock.
 //! Source: docs/spec.md 2, 4; docs/store.md 2.
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use shared::{shard::ShardId, time::UnixMillis};
 use store::keys::{Bucket, Buckets};
 
@@ -17,8 +18,8 @@ use super::{
 };
 
 /// One message of the input.
-#[derive(Debug, Clone, Copy)]
-pub struct Record<'a> {
+#[derive(Debug, Clone)]
+pub struct Record {
     /// The partition.
     pub shard: ShardId,
     /// The offset in it.
@@ -26,18 +27,18 @@ pub struct Record<'a> {
     /// Kafka's timestamp, milliseconds; checked against the wall clock already.
     pub time: UnixMillis,
     /// The value; none for a tombstone.
-    pub payload: Option<&'a [u8]>,
+    pub payload: Option<Bytes>,
 }
 
 /// A message that holds no span.
 #[derive(Debug)]
-pub struct Refused<'a> {
+pub struct Refused {
     /// The partition.
     pub shard: ShardId,
     /// The offset in it.
     pub offset: u64,
     /// The value, raw; none for a tombstone.
-    pub payload: Option<&'a [u8]>,
+    pub payload: Option<Bytes>,
     /// Why it is refused.
     pub reason: Reason,
 }
@@ -55,7 +56,7 @@ pub enum Reason {
 
 /// One shard's part of a batch.
 #[derive(Debug)]
-pub struct Part<'a> {
+pub struct Part {
     /// The shard.
     pub shard: ShardId,
     /// The offset of the first record, of whatever kind.
@@ -65,23 +66,34 @@ pub struct Part<'a> {
     /// The times of all records, in order.
     pub times: Vec<UnixMillis>,
     /// What is to be inserted, in input order.
-    pub spans: Vec<Arrived<'a>>,
+    pub spans: Vec<Arrived>,
     /// What holds no span.
-    pub refused: Vec<Refused<'a>>,
+    pub refused: Vec<Refused>,
     /// Spans that stand in their bucket already: below its position.
     pub standing: u64,
+}
+
+/// What was read at once: the parts of its shards, each with the shard's `now`.
+#[derive(Debug, Default)]
+pub struct Batch(pub Vec<(Part, UnixMillis)>);
+
+impl Batch {
+    /// Leaves the parts of these shards out: they are read again, from before this batch.
+    pub fn leave_out(&mut self, shards: &[ShardId]) {
+        self.0.retain(|(part, _)| !shards.contains(&part.shard));
+    }
 }
 
 /// Where buckets stand: the offset below which each holds everything.
 pub type Positions = HashMap<Bucket, u64>;
 
 /// Sorts records by shard, and each shard's into spans and refusals.
-pub fn sort<'a>(
-    records: impl IntoIterator<Item = Record<'a>>,
+pub fn sort(
+    records: impl IntoIterator<Item = Record>,
     positions: &Positions,
     buckets: Buckets,
-) -> Vec<Part<'a>> {
-    let mut parts: Vec<Part<'a>> = Vec::new();
+) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
     for record in records {
         let place = match parts.iter().position(|part| part.shard == record.shard) {
             Some(place) => place,
@@ -95,8 +107,8 @@ pub fn sort<'a>(
     parts
 }
 
-impl<'a> Part<'a> {
-    fn new(first: &Record<'_>) -> Self {
+impl Part {
+    fn new(first: &Record) -> Self {
         Self {
             shard: first.shard,
             first: first.offset,
@@ -108,38 +120,40 @@ impl<'a> Part<'a> {
         }
     }
 
-    fn take(&mut self, record: Record<'a>, positions: &Positions, buckets: Buckets) {
-        self.next = record.offset + 1;
-        self.times.push(record.time);
-        let parsed = match record.payload {
-            Some(json) => parse(json).map_err(Reason::Invalid),
-            None => Err(Reason::Tombstone),
+    fn take(&mut self, record: Record, positions: &Positions, buckets: Buckets) {
+        let Record {
+            shard,
+            offset,
+            time,
+            payload,
+        } = record;
+        self.next = offset + 1;
+        self.times.push(time);
+        let (span, json) = match payload.map(|json| (parse(&json), json)) {
+            Some((Ok(span), json)) => (span, json),
+            Some((Err(error), json)) => return self.refuse(offset, Some(json), error.into()),
+            None => return self.refuse(offset, None, Reason::Tombstone),
         };
-        match parsed {
-            Ok(span) => {
-                let bucket = buckets.of_trace(record.shard, span.project, &span.trace);
-                if positions
-                    .get(&bucket)
-                    .is_some_and(|&next| record.offset < next)
-                {
-                    self.standing += 1;
-                } else {
-                    self.spans.push(Arrived {
-                        offset: record.offset,
-                        time: record.time,
-                        span,
-                    });
-                }
-            }
-            Err(reason) => {
-                self.refused.push(Refused {
-                    shard: record.shard,
-                    offset: record.offset,
-                    payload: record.payload,
-                    reason,
-                });
-            }
+        let bucket = buckets.of_trace(shard, span.project, &span.trace);
+        if positions.get(&bucket).is_some_and(|&next| offset < next) {
+            self.standing += 1;
+        } else {
+            self.spans.push(Arrived {
+                offset,
+                time,
+                json,
+                span,
+            });
         }
+    }
+
+    fn refuse(&mut self, offset: u64, payload: Option<Bytes>, reason: Reason) {
+        self.refused.push(Refused {
+            shard: self.shard,
+            offset,
+            payload,
+            reason,
+        });
     }
 
     /// What the ledger counts of this part: not what an earlier life of this worker inserted.
@@ -172,12 +186,12 @@ mod tests {
     const VALID: &[u8] = br#"{"organization_id":1,"project_id":42,"trace_id":"t","span_id":"s","start_timestamp":1,"end_timestamp":2,"received":3,"retention_days":90,"status":"ok"}"#;
     const INVALID: &[u8] = br#"{"organization_id":1}"#;
 
-    fn record(shard: u32, offset: u64, payload: Option<&[u8]>) -> Record<'_> {
+    fn record(shard: u32, offset: u64, payload: Option<&'static [u8]>) -> Record {
         Record {
             shard: ShardId(shard),
             offset,
             time: UnixMillis(1000 + offset),
-            payload,
+            payload: payload.map(Bytes::from_static),
         }
     }
 
@@ -229,13 +243,23 @@ mod tests {
         assert!(matches!(tombstone.reason, Reason::Tombstone) && tombstone.payload.is_none());
         let invalid = &one.refused[0];
         assert_eq!(
-            (invalid.shard, invalid.offset, invalid.payload),
+            (invalid.shard, invalid.offset, invalid.payload.as_deref()),
             (ShardId(1), 77, Some(INVALID))
         );
         assert_eq!(
             invalid.reason.to_string(),
             "parse span field=start_timestamp: it is missing"
         );
+    }
+
+    #[test]
+    fn a_batch_goes_on_without_the_shards_that_are_read_again() {
+        let records = [1, 3, 4].map(|shard| record(shard, 7, Some(VALID)));
+        let parts = sort(records, &Positions::new(), Buckets::new(None, 1)).into_iter();
+        let mut batch = Batch(parts.map(|part| (part, UnixMillis(1))).collect());
+        batch.leave_out(&[ShardId(3), ShardId(9)]);
+        let left = batch.0.iter().map(|(part, _)| part.shard);
+        assert!(left.eq([ShardId(1), ShardId(4)]));
     }
 
     #[test]

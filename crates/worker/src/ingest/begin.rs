@@ -1,7 +1,7 @@
 //! Begins the role: the store and Kafka are there and are what they should be, and every shard has its place.
 //!
 //! In:     the launch record; positions, committed offsets, what Kafka holds.
-//! Out:    `Ingest`, reading, with all intake paused and its writer waiting.
+//! Out:    `Ingest`, reading, with all intake paused and its stages waiting.
 //! Keeps:  what is away is waited for; only a refusal ends the worker; a gap is reported with its count.
 //! Knows:  the order of a start. What decides a place is in `start`.
 //! Source: docs/spec.md 7.4, 9.1; docs/store.md 2, 6.
@@ -30,8 +30,9 @@ use super::{
     insert::Store,
     intake::Intake,
     journal::Encoder,
+    stages::Stages,
     start::{Known, Source, Start, floor_of, start},
-    writer::Writer,
+    writer::{SharedStore, Writer},
 };
 use crate::{
     Ended,
@@ -98,20 +99,34 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         launch.flush_workers,
         config.intake.backpressure_seconds,
     );
+    let mut making = Making {
+        limits: GroupLimits {
+            spans_max: config.buffer.max_spans_per_insert,
+            bytes_max: config.buffer.max_insert_bytes,
+        },
+        encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
+        dead_letters,
+    };
+    let (buckets, positions) = (store.buckets(), store.positions().clone());
+    let store = SharedStore::new(store);
+    let writer = Writer {
+        store: store.clone(),
+        clocks: clocks.clone(),
+        ledgers,
+    };
     let now = Clock::mono_now();
     Ok(Ingest {
         board: board.clone(),
         input,
-        making: Making {
-            positions: store.positions().clone(),
-            limits: GroupLimits {
-                spans_max: config.buffer.max_spans_per_insert,
-                bytes_max: config.buffer.max_insert_bytes,
-            },
-            encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
-            dead_letters,
-        },
-        writer: Writer::start(store, clocks.clone(), ledgers, beat.another()),
+        stages: Stages::start(beat.another(), move |batch, beat: &mut Beat| {
+            making.encode(batch, beat)
+        })
+        .then(beat.another(), move |batch, beat: &mut Beat| {
+            writer.write(batch, beat)
+        }),
+        store,
+        buckets,
+        positions,
         clocks,
         commits,
         intake,

@@ -8,11 +8,13 @@
 
 use std::{
     collections::BTreeMap,
+    ops::Range,
     sync::atomic::{AtomicU64, Ordering},
     thread,
     time::Duration,
 };
 
+use bytes::Bytes;
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use log::warn;
 use rdkafka::{
@@ -139,6 +141,8 @@ pub struct Input {
     ends_failed: bool,
     /// Where the questions one by one go on.
     ends_cursor: usize,
+    /// Bytes of the batch before: the next one is made room for as much.
+    batch_bytes: usize,
 }
 
 impl std::fmt::Debug for Input {
@@ -205,16 +209,25 @@ pub struct BatchLimits {
 
 /// What one turn of reading gave.
 #[derive(Debug, Default)]
-pub struct Collected<'c> {
-    messages: Vec<BorrowedMessage<'c>>,
-    /// Bytes of all values.
-    pub bytes: u64,
+pub struct Collected {
+    messages: Vec<Read>,
+    /// The values, one behind the other. Copied: the batch goes on to other threads, and a message of librdkafka's is its consumer's.
+    values: Vec<u8>,
     /// Shards that came to their end, with no message behind it.
-    ends: Vec<ShardId>,
+    pub ends: Vec<ShardId>,
     /// A partition lost its place: its next offset is no longer there.
     pub lost_place: bool,
     /// The broker cannot be reached, or refuses.
     pub outage: Option<Outage>,
+}
+
+/// One message, and where its value stands among the others.
+#[derive(Debug)]
+struct Read {
+    shard: ShardId,
+    offset: u64,
+    time: Option<UnixMillis>,
+    value: Option<Range<usize>>,
 }
 
 impl Input {
@@ -235,6 +248,7 @@ impl Input {
             ends_asked: None,
             ends_failed: false,
             ends_cursor: 0,
+            batch_bytes: 0,
         })
     }
 
@@ -422,19 +436,20 @@ impl Input {
 
     /// Reads one batch: until it is full, its time is over, or nothing came. An outage is one when nothing came after the last word
     /// of it: librdkafka keeps what it said while nobody read, a word for every try.
-    pub fn collect<'c>(&'c self, limits: &BatchLimits) -> Collected<'c> {
-        let mut batch = Collected::default();
+    pub fn collect(&mut self, limits: &BatchLimits) -> Collected {
+        let mut batch = Collected {
+            values: Vec::with_capacity(self.batch_bytes),
+            ..Collected::default()
+        };
         let mut deadline = Clock::mono_now().after(limits.idle);
         let mut wait = limits.idle;
-        while batch.messages.len() < limits.spans && batch.bytes < limits.bytes {
+        let bytes_max = usize::try_from(limits.bytes).unwrap_or(usize::MAX);
+        while batch.messages.len() < limits.spans && batch.values.len() < bytes_max {
             match self.consumer.poll(wait) {
                 Some(Ok(message)) => {
                     // The time is read when there is no more: that is a good part of what a poll costs.
                     (deadline, wait) = (limits.until, Duration::ZERO);
-                    batch.bytes += u64::try_from(message.payload_len()).unwrap_or(u64::MAX);
-                    let shard = u32::try_from(message.partition()).map(ShardId);
-                    batch.ends.retain(|end| shard != Ok(*end));
-                    batch.messages.push(message);
+                    batch.take(&message);
                     batch.outage = batch.outage.filter(|error| !is_transport(error));
                 }
                 Some(Err(KafkaError::PartitionEOF(partition))) => {
@@ -462,6 +477,7 @@ impl Input {
                 }
             }
         }
+        self.batch_bytes = batch.values.len();
         batch
     }
 
@@ -599,17 +615,30 @@ impl Input {
     }
 }
 
-impl Collected<'_> {
-    /// The shards that came to their end, with no message behind it.
-    #[must_use]
-    pub fn ends(&self) -> &[ShardId] {
-        &self.ends
-    }
-
-    /// Gives the messages back, which have to go before their consumer does: whether a place was lost, and the outage.
-    #[must_use]
-    pub fn end(self) -> (bool, Option<Outage>) {
-        (self.lost_place, self.outage)
+impl Collected {
+    fn take(&mut self, message: &BorrowedMessage<'_>) {
+        // librdkafka gives real partitions and offsets, which are not negative.
+        let (Ok(shard), Ok(offset)) = (
+            u32::try_from(message.partition()).map(ShardId),
+            u64::try_from(message.offset()),
+        ) else {
+            return;
+        };
+        self.ends.retain(|&end| end != shard);
+        let from = self.values.len();
+        let value = message.payload().map(|value| {
+            self.values.extend_from_slice(value);
+            from..self.values.len()
+        });
+        let time = message.timestamp().to_millis();
+        self.messages.push(Read {
+            shard,
+            offset,
+            time: time
+                .and_then(|time| u64::try_from(time).ok())
+                .map(UnixMillis),
+            value,
+        });
     }
 
     /// Whether nothing was read.
@@ -618,23 +647,15 @@ impl Collected<'_> {
         self.messages.is_empty()
     }
 
-    /// The records, in order; a time that is missing or ahead of the wall clock is the wall clock.
-    pub fn records(&self, wall_now: UnixMillis) -> impl Iterator<Item = Record<'_>> {
-        self.messages.iter().filter_map(move |message| {
-            // librdkafka gives real partitions and offsets, which are not negative.
-            Some(Record {
-                shard: ShardId(u32::try_from(message.partition()).ok()?),
-                offset: u64::try_from(message.offset()).ok()?,
-                time: message_time(
-                    message
-                        .timestamp()
-                        .to_millis()
-                        .and_then(|time| u64::try_from(time).ok())
-                        .map(UnixMillis),
-                    wall_now,
-                ),
-                payload: message.payload(),
-            })
+    /// Takes the records out, in order; a time that is missing or ahead of the wall clock is the wall clock.
+    pub fn records(&mut self, wall_now: UnixMillis) -> impl Iterator<Item = Record> + use<> {
+        let values = Bytes::from(std::mem::take(&mut self.values));
+        let messages = std::mem::take(&mut self.messages);
+        messages.into_iter().map(move |message| Record {
+            shard: message.shard,
+            offset: message.offset,
+            time: message_time(message.time, wall_now),
+            payload: message.value.map(|place| values.slice(place)),
         })
     }
 }

@@ -6,6 +6,7 @@
 //! Knows:  the topic's name; `deliver`.
 //! Source: docs/spec.md 2.4.
 
+use bytes::Bytes;
 use log::{error, info};
 use shared::{
     config::Kafka,
@@ -84,7 +85,7 @@ impl DeadLetters {
     ///
     /// # Errors
     /// [`Ended::Stopped`] when the supervisor asked for it before the topic had all: nothing of the batch may be committed.
-    pub fn settle(&mut self, refused: &[Refused<'_>], beat: &mut Beat) -> Result<Settled, Ended> {
+    pub fn settle(&mut self, refused: &[Refused], beat: &mut Beat) -> Result<Settled, Ended> {
         let Some((topic, deliverer)) = &mut self.open else {
             for message in refused {
                 info!(
@@ -120,7 +121,7 @@ impl DeadLetters {
                     let refused = message.0;
                     error!(
                         "dropped message partition={} offset={} bytes={} reason=too_large: {} (raise max.message.bytes of {topic})",
-                        refused.shard, refused.offset, refused.payload.map_or(0, <[u8]>::len), refused.reason
+                        refused.shard, refused.offset, refused.payload.as_ref().map_or(0, Bytes::len), refused.reason
                     );
                     dropped.push((refused.shard, refused.offset, DLQ_TOO_LARGE));
                     None
@@ -149,7 +150,7 @@ impl DeadLetters {
 fn outgoing<'m>(
     topic: &'m str,
     input_topic: &str,
-    message: &Refused<'m>,
+    message: &'m Refused,
     wall_now: UnixMillis,
 ) -> Outgoing<'m> {
     let mut reason = message.reason.to_string();
@@ -157,7 +158,7 @@ fn outgoing<'m>(
     Outgoing {
         topic,
         key: None,
-        payload: message.payload,
+        payload: message.payload.as_deref(),
         headers: vec![
             ("source_topic", input_topic.as_bytes().to_vec()),
             ("source_partition", message.shard.to_string().into_bytes()),

@@ -1,15 +1,15 @@
-//! Makes a batch of what was read: sorted, grouped, encoded, its refused messages settled.
+//! The stage that encodes: a batch is grouped and made into entries, its refused messages are settled.
 //!
-//! In:     records; `now` of each shard's part; where the buckets stood.
+//! In:     `Batch`.
 //! Out:    `Encoded` for `writer`.
-//! Keeps:  every shard that was read has one part, whatever its records are.
-//! Knows:  the order: sort, now, group, encode, settle. No Redis.
+//! Keeps:  every part of the batch stays one, whatever its records are.
+//! Knows:  the order: group, encode, settle. No Redis.
 //! Source: docs/spec.md 2.6, 3, 4; docs/house.md 3.
 
-use shared::{shard::ShardId, time::UnixMillis};
+use shared::{board::Phase, shard::ShardId, time::UnixMillis};
 
 use super::{
-    batch::{Counts, Positions, Record, sort},
+    batch::{Batch, Counts},
     dlq::{DeadLetters, Settled},
     group::{GroupLimits, group},
     journal::{Encoder, JournalWrite},
@@ -44,20 +44,9 @@ pub struct Encoded {
     pub settled: Settled,
 }
 
-impl Encoded {
-    /// Leaves the parts of these shards out: they are read again, from before this batch.
-    pub fn leave_out(&mut self, shards: &[ShardId]) {
-        self.parts.retain(|part| !shards.contains(&part.shard));
-        self.journals
-            .retain(|journal| !shards.contains(&journal.bucket.shard));
-    }
-}
-
 /// How a batch is made.
 #[derive(Debug)]
 pub struct Making {
-    /// Where the buckets stand, with all that was read since: what comes from below that is in them already, or on its way.
-    pub positions: Positions,
     /// What one entry may hold.
     pub limits: GroupLimits,
     /// Makes the entries.
@@ -67,22 +56,14 @@ pub struct Making {
 }
 
 impl Making {
-    /// Parses, groups and encodes one batch, and settles its refused messages. `now` begins a shard's part; none: the shard is not ours.
+    /// Groups and encodes one batch, and settles its refused messages.
     ///
     /// # Errors
     /// [`Ended::Stopped`] when the supervisor asked for it before the refused messages were settled.
-    pub fn encode<'r>(
-        &mut self,
-        records: impl Iterator<Item = Record<'r>>,
-        now: impl Fn(ShardId, &[UnixMillis]) -> Option<UnixMillis>,
-        beat: &mut Beat,
-    ) -> Result<Encoded, Ended> {
+    pub fn encode(&mut self, batch: Batch, beat: &mut Beat) -> Result<Encoded, Ended> {
+        beat.phase(Phase::Work);
         let (mut parts, mut journals, mut refused) = (Vec::new(), Vec::new(), Vec::new());
-        for part in sort(records, &self.positions, self.encoder.buckets()) {
-            // Only assigned partitions are read.
-            let Some(now) = now(part.shard, &part.times) else {
-                continue;
-            };
+        for (part, now) in batch.0 {
             parts.push(Writing {
                 shard: part.shard,
                 first: part.first,
@@ -94,10 +75,6 @@ impl Making {
             let subsegments = group(part.spans, &self.limits);
             journals.extend(self.encoder.encode(part.shard, now, &subsegments));
             refused.extend(part.refused);
-            for bucket in self.encoder.buckets().of_shard(part.shard) {
-                let position = self.positions.entry(bucket).or_default();
-                *position = part.next.max(*position);
-            }
         }
         let settled = self.dead_letters.settle(&refused, beat)?;
         Ok(Encoded {

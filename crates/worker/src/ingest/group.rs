@@ -8,6 +8,7 @@
 
 use std::collections::HashMap;
 
+use bytes::Bytes;
 use shared::{
     ids::{OrganizationId, ProjectId, SpanId, TraceId},
     time::UnixMillis,
@@ -17,18 +18,20 @@ use super::parse::Span;
 
 /// A span with where and when it came in.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Arrived<'a> {
+pub struct Arrived {
     /// Its offset in the input.
     pub offset: u64,
     /// Its message's time.
     pub time: UnixMillis,
-    /// The span.
-    pub span: Span<'a>,
+    /// The message, byte for byte.
+    pub json: Bytes,
+    /// What it says.
+    pub span: Span,
 }
 
 /// Spans of one batch under one topmost known parent, or a piece of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Subsegment<'a> {
+pub struct Subsegment {
     /// The project of all of them.
     pub project: ProjectId,
     /// The trace of all of them.
@@ -42,7 +45,7 @@ pub struct Subsegment<'a> {
     /// Bytes of their messages.
     pub bytes: u64,
     /// The spans by offset, at least one.
-    pub spans: Vec<Arrived<'a>>,
+    pub spans: Vec<Arrived>,
 }
 
 /// What one subsegment may hold; a single larger span is one by itself.
@@ -54,7 +57,7 @@ pub struct GroupLimits {
     pub bytes_max: u64,
 }
 
-impl Arrived<'_> {
+impl Arrived {
     /// Whether it heads a segment.
     fn is_root(&self) -> bool {
         self.span.is_segment || self.span.parent.is_none()
@@ -76,15 +79,15 @@ impl Arrived<'_> {
     }
 
     fn bytes(&self) -> u64 {
-        u64::try_from(self.span.json.len()).unwrap_or(u64::MAX)
+        u64::try_from(self.json.len()).unwrap_or(u64::MAX)
     }
 }
 
 /// Groups spans, given in input order, by their topmost known parent; subsegments come in the order of their first spans.
 #[must_use]
-pub fn group<'a>(spans: Vec<Arrived<'a>>, limits: &GroupLimits) -> Vec<Subsegment<'a>> {
+pub fn group(spans: Vec<Arrived>, limits: &GroupLimits) -> Vec<Subsegment> {
     let (tops, group_of) = find_groups(&spans);
-    let mut groups: Vec<(SpanId, Vec<Arrived<'a>>)> =
+    let mut groups: Vec<(SpanId, Vec<Arrived>)> =
         tops.into_iter().map(|top| (top, Vec::new())).collect();
     for (arrived, group) in spans.into_iter().zip(group_of) {
         groups[group].1.push(arrived);
@@ -99,7 +102,7 @@ pub fn group<'a>(spans: Vec<Arrived<'a>>, limits: &GroupLimits) -> Vec<Subsegmen
 }
 
 /// The top of each group, and for each span the group that it is in.
-fn find_groups(spans: &[Arrived<'_>]) -> (Vec<SpanId>, Vec<usize>) {
+fn find_groups(spans: &[Arrived]) -> (Vec<SpanId>, Vec<usize>) {
     let mut redirects = Redirects::default();
     let mut joined = Vec::with_capacity(spans.len());
     for arrived in spans {
@@ -138,7 +141,7 @@ struct Redirects<'s> {
 }
 
 impl<'s> Redirects<'s> {
-    fn trace(&mut self, arrived: &'s Arrived<'_>) -> usize {
+    fn trace(&mut self, arrived: &'s Arrived) -> usize {
         let next = self.traces.len();
         let key = (arrived.span.project, &arrived.span.trace);
         *self.traces.entry(key).or_insert(next)
@@ -170,15 +173,10 @@ impl<'s> Redirects<'s> {
 }
 
 /// Cuts the spans of one group into pieces within the limits.
-fn cut<'a>(
-    top: &SpanId,
-    spans: Vec<Arrived<'a>>,
-    limits: &GroupLimits,
-    subsegments: &mut Vec<Subsegment<'a>>,
-) {
-    let mut open: Option<Subsegment<'a>> = None;
+fn cut(top: &SpanId, spans: Vec<Arrived>, limits: &GroupLimits, subsegments: &mut Vec<Subsegment>) {
+    let mut open: Option<Subsegment> = None;
     for arrived in spans {
-        let fits = |piece: &Subsegment<'_>| {
+        let fits = |piece: &Subsegment| {
             piece.spans.len() < limits.spans_max
                 && piece.bytes.saturating_add(arrived.bytes()) <= limits.bytes_max
         };
@@ -190,8 +188,8 @@ fn cut<'a>(
     subsegments.extend(open);
 }
 
-impl<'a> Subsegment<'a> {
-    fn new(top: &SpanId, first: Arrived<'a>) -> Self {
+impl Subsegment {
+    fn new(top: &SpanId, first: Arrived) -> Self {
         Self {
             project: first.span.project,
             trace: first.span.trace.clone(),
@@ -203,7 +201,7 @@ impl<'a> Subsegment<'a> {
         }
     }
 
-    fn add(&mut self, arrived: Arrived<'a>) {
+    fn add(&mut self, arrived: Arrived) {
         self.has_root |= arrived.is_root();
         self.bytes = self.bytes.saturating_add(arrived.bytes());
         self.spans.push(arrived);
@@ -230,15 +228,11 @@ mod tests {
     }
 
     /// A span of trace 1 in project 1, of as many bytes as are given.
-    fn sized(
-        offset: u64,
-        own: &str,
-        parent: Option<&str>,
-        json: &'static [u8],
-    ) -> Arrived<'static> {
+    fn sized(offset: u64, own: &str, parent: Option<&str>, json: &'static [u8]) -> Arrived {
         Arrived {
             offset,
             time: UnixMillis(offset),
+            json: Bytes::from_static(json),
             span: Span {
                 organization: OrganizationId(1),
                 project: ProjectId(1),
@@ -247,7 +241,6 @@ mod tests {
                 parent: parent.map(id),
                 is_segment: false,
                 segment: None,
-                json,
                 splice: Splice {
                     span_id_end: 0,
                     is_segment: None,
@@ -257,14 +250,14 @@ mod tests {
         }
     }
 
-    fn span(offset: u64, own: &str, parent: Option<&str>) -> Arrived<'static> {
+    fn span(offset: u64, own: &str, parent: Option<&str>) -> Arrived {
         sized(offset, own, parent, b"{}")
     }
 
     /// Each subsegment as its top, its ids, and a star when it has a root.
-    fn shown(subsegments: &[Subsegment<'_>]) -> Vec<String> {
+    fn shown(subsegments: &[Subsegment]) -> Vec<String> {
         let text = |id: &SpanId| String::from_utf8(id.to_bytes()).unwrap();
-        let of = |subsegment: &Subsegment<'_>| {
+        let of = |subsegment: &Subsegment| {
             let ids: Vec<_> = subsegment
                 .spans
                 .iter()
@@ -414,10 +407,10 @@ mod tests {
     }
 
     /// The words of docs/spec.md 3, as they stand there.
-    fn naive<'a>(spans: &[Arrived<'a>]) -> Vec<(SpanId, Vec<Arrived<'a>>)> {
+    fn naive(spans: &[Arrived]) -> Vec<(SpanId, Vec<Arrived>)> {
         type Key = (ProjectId, TraceId, SpanId);
         let mut redirects: HashMap<Key, SpanId> = HashMap::new();
-        let mut groups: Vec<(Key, Vec<Arrived<'a>>)> = Vec::new();
+        let mut groups: Vec<(Key, Vec<Arrived>)> = Vec::new();
         for arrived in spans {
             let span = &arrived.span;
             let key = |id: &SpanId| (span.project, span.trace.clone(), id.clone());
@@ -454,7 +447,7 @@ mod tests {
     }
 
     /// Few ids, so that they meet: trees, cycles, duplicates, several traces.
-    fn batch() -> impl Strategy<Value = Vec<Arrived<'static>>> {
+    fn batch() -> impl Strategy<Value = Vec<Arrived>> {
         let name = || "[a-j]";
         let ids = (
             name(),
@@ -506,7 +499,7 @@ mod tests {
             let mut spans_by_offset = spans.clone();
             spans_by_offset.sort_by_key(|arrived| arrived.offset);
             prop_assert_eq!(all, spans_by_offset);
-            let mut joined: BTreeMap<_, Vec<Arrived<'_>>> = BTreeMap::new();
+            let mut joined: BTreeMap<_, Vec<Arrived>> = BTreeMap::new();
             for piece in pieces {
                 prop_assert!(!piece.spans.is_empty());
                 prop_assert!(piece.spans.is_sorted_by(|one, other| one.offset < other.offset));

@@ -85,6 +85,8 @@ pub struct Store {
     buffer: Buffer,
     /// The positions as this process wrote or adopted them last.
     written: Positions,
+    /// Shards of which an insert met another position: nothing of them is written before that is adopted.
+    lost: HashSet<ShardId>,
 }
 
 impl Store {
@@ -97,6 +99,7 @@ impl Store {
             ttl: redis.redis_ttl,
             buffer: buffer.clone(),
             written: Positions::new(),
+            lost: HashSet::new(),
         }
     }
 
@@ -149,6 +152,7 @@ impl Store {
             }
             offsets.push(position.map(|position| position.next));
         }
+        self.lost.remove(&shard);
         Ok((offsets, clock))
     }
 
@@ -268,7 +272,8 @@ impl Store {
         Ok(())
     }
 
-    /// Inserts a batch: entries and queues, then positions.
+    /// Inserts a batch: entries and queues, then positions. Parts of shards that have to be read again, as an earlier one met, are left
+    /// out: what was lost comes before them.
     ///
     /// # Errors
     /// [`Ended::Stopped`] when the supervisor asked for it before all was in: nothing of the batch may be committed then.
@@ -279,7 +284,9 @@ impl Store {
             settled,
         } = batch;
         beat.phase(Phase::Redis);
-        let mut rewind = self.first_positions(&parts, beat)?;
+        let lost = parts.extract_if(.., |part| self.lost.contains(&part.shard));
+        let mut rewind: Vec<ShardId> = lost.map(|part| part.shard).collect();
+        rewind.extend(self.first_positions(&parts, beat)?);
         let shards = parts.iter().map(|part| part.shard);
         let mut open: HashSet<Bucket> = shards.flat_map(|shard| self.buckets_of(shard)).collect();
         loop {
@@ -306,6 +313,7 @@ impl Store {
         }
         rewind.sort_unstable();
         rewind.dedup();
+        self.lost.extend(&rewind);
         parts.retain(|part| !rewind.contains(&part.shard));
         Ok(Inserted { parts, rewind })
     }

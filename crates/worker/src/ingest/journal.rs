@@ -67,7 +67,7 @@ impl Encoder {
         &self,
         shard: ShardId,
         now: UnixMillis,
-        subsegments: &[Subsegment<'_>],
+        subsegments: &[Subsegment],
     ) -> Vec<JournalWrite> {
         let mut journals: Vec<JournalWrite> = Vec::new();
         let mut places: HashMap<Member, usize> = HashMap::new();
@@ -141,14 +141,14 @@ impl JournalWrite {
     }
 
     /// Adds one subsegment as an entry. Alone it is due `timeout` behind its arrival.
-    pub fn add(&mut self, subsegment: &Subsegment<'_>, timeout: Duration, codec: Codec) {
+    pub fn add(&mut self, subsegment: &Subsegment, timeout: Duration, codec: Codec) {
         let spans = &subsegment.spans;
         let latest = spans.iter().map(|arrived| arrived.time).max();
         let arrival = latest.map_or(self.now, |latest| latest.max(self.now));
         let header = header(subsegment, arrival);
         let payloads: Vec<_> = spans
             .iter()
-            .map(|arrived| (arrived.span.json, &arrived.span.splice))
+            .map(|arrived| (&arrived.json[..], &arrived.span.splice))
             .collect();
         let (field, chunk) = (header.encode(), chunk::encode(codec, &payloads));
         self.score = self.score.min(arrival.after(timeout));
@@ -175,8 +175,8 @@ impl JournalWrite {
 
 /// The header of a subsegment's entry.
 #[must_use]
-pub fn header(subsegment: &Subsegment<'_>, arrival: UnixMillis) -> EntryHeader {
-    let at = |arrived: &Arrived<'_>| SpanAt {
+pub fn header(subsegment: &Subsegment, arrival: UnixMillis) -> EntryHeader {
+    let at = |arrived: &Arrived| SpanAt {
         offset: arrived.offset,
         id: arrived.span.id.clone(),
     };
@@ -204,6 +204,7 @@ fn count(length: usize) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
     use shared::{
         config::{Config, Flags},
         ids::{OrganizationId, ProjectId, SpanId, TraceId},
@@ -221,7 +222,7 @@ mod tests {
     }
 
     /// One span, as a subsegment.
-    fn subsegment(offset: u64, time: u64) -> Subsegment<'static> {
+    fn subsegment(offset: u64, time: u64) -> Subsegment {
         Subsegment {
             project: ProjectId(1),
             trace: TraceId::new(b"t"),
@@ -232,6 +233,7 @@ mod tests {
             spans: vec![Arrived {
                 offset,
                 time: UnixMillis(time),
+                json: Bytes::from_static(SPAN),
                 span: parse(SPAN).unwrap(),
             }],
         }

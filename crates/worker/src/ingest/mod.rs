@@ -16,17 +16,19 @@ use shared::{
     shard::{ShardId, ShardList},
     time::{Clock, MonoNanos},
 };
+use store::keys::Buckets;
 
 use self::{
+    batch::{Batch, Positions, sort},
     begin::{locate, read_from},
     clocks::Clocks,
     commit::Commits,
     consume::{BatchLimits, Input, Outage},
-    encode::{Encoded, Making},
     floor::Floor,
     insert::{Inserted, Store},
     intake::{Flusher, Intake},
-    writer::Writer,
+    stages::Stages,
+    writer::SharedStore,
 };
 use crate::{
     Ended,
@@ -49,6 +51,7 @@ pub mod intake;
 pub mod journal;
 pub mod parse;
 mod reading;
+pub mod stages;
 pub mod start;
 pub mod trip;
 pub mod writer;
@@ -66,13 +69,16 @@ const RENEW_EVERY: Duration = Duration::from_secs(3600);
 
 /// The role at work.
 pub(crate) struct Ingest {
-    /// First, as it is dropped first where a pass panics: its thread must not beat beside a consumer that is being closed.
-    writer: Writer,
+    /// First, as they are dropped first where a pass panics: their threads must not beat beside a consumer that is being closed.
+    stages: Stages<Batch, Inserted>,
+    store: SharedStore,
     config: Config,
     board: Board,
     beat: Beat,
     input: Input,
-    making: Making,
+    buckets: Buckets,
+    /// Where the buckets stand, with all that was read since: what comes from below that is in them already, or on its way.
+    positions: Positions,
     clocks: Clocks,
     commits: Commits,
     intake: Intake,
@@ -88,7 +94,7 @@ pub(crate) struct Ingest {
 
 /// One pass's reading.
 struct Read {
-    encoded: Encoded,
+    batch: Batch,
     lost_place: bool,
     outage: Option<Outage>,
 }
@@ -118,22 +124,20 @@ impl Ingest {
         }
     }
 
-    /// The whole way, once. What is read goes into Redis while the next pass reads.
+    /// The whole way, once. What is read is encoded and goes into Redis while the next passes read.
     fn pass(&mut self) -> Result<(), Ended> {
         self.steer_intake()?;
         let Read {
-            mut encoded,
+            mut batch,
             lost_place,
             outage,
-        } = self.read()?;
-        let (mut store, mut again) = self.take_store()?;
-        again.extend(self.watch(&mut store)?);
-        // The queues of a node that went back do not say what was buffered.
-        if again.is_empty() {
-            self.judge_floors(&mut store)?;
+        } = self.read();
+        let mut again = self.written(self.stages.room())?;
+        again.extend(self.watch()?);
+        batch.leave_out(&again);
+        if !batch.0.is_empty() {
+            self.stages.hand(batch);
         }
-        encoded.leave_out(&again);
-        self.writer.hand(store, encoded);
         if lost_place {
             again = self.shards.keys().copied().collect();
         }
@@ -152,17 +156,18 @@ impl Ingest {
         Ok(())
     }
 
-    /// Lets the batch that is on its way come into Redis, and commits what is there.
+    /// Lets the batches that are on their way come into Redis, and commits what is there. It comes behind a stop, which the stages hear
+    /// as well, or a refusal that was met with nothing on its way: nobody is left that asks a Redis that is away.
     fn end(self, ended: Ended) -> Ended {
         let Self {
-            writer,
+            stages,
             input,
             mut commits,
             beat,
             mut shards,
             ..
         } = self;
-        if let Some(inserted) = writer.end(&beat) {
+        for inserted in stages.end(&beat) {
             note(&inserted, &mut shards, &mut commits);
         }
         commits.send_last(&input);
@@ -170,38 +175,46 @@ impl Ingest {
         ended
     }
 
-    /// Reads one batch and encodes it.
-    fn read(&mut self) -> Result<Read, Ended> {
+    /// Reads one batch and parses it.
+    fn read(&mut self) -> Read {
         self.beat.phase(Phase::Idle);
-        let collected = self.input.collect(&self.limits());
+        let limits = self.limits();
+        let mut collected = self.input.collect(&limits);
         if !collected.is_empty() {
             self.batch_taken = Clock::mono_now();
             self.beat.worked(Reason::Kafka);
             self.beat.phase(Phase::Work);
         }
-        let encoded = self.making.encode(
-            collected.records(Clock::wall_now()),
-            |shard, times| self.clocks.batch(shard, times),
-            &mut self.beat,
-        )?;
-        let ends = collected.ends().to_vec();
-        let (lost_place, outage) = collected.end();
-        for part in &encoded.parts {
+        let records = collected.records(Clock::wall_now());
+        let mut batch = Batch::default();
+        for part in sort(records, &self.positions, self.buckets) {
+            // Only assigned partitions are read.
+            let Some(now) = self.clocks.batch(part.shard, &part.times) else {
+                continue;
+            };
+            for bucket in self.buckets.of_shard(part.shard) {
+                let position = self.positions.entry(bucket).or_default();
+                *position = part.next.max(*position);
+            }
             self.input.advance(part.shard, part.next);
+            batch.0.push((part, now));
         }
-        self.input.came_to_end(&ends);
-        Ok(Read {
-            encoded,
-            lost_place,
-            outage,
-        })
+        self.input.came_to_end(&collected.ends);
+        Read {
+            batch,
+            lost_place: collected.lost_place,
+            outage: collected.outage,
+        }
     }
 
-    /// Takes the store; what was handed over is in Redis now. Gives the shards that have to be read again.
-    fn take_store(&mut self) -> Result<(Store, Vec<ShardId>), Ended> {
-        let (store, inserted) = self.writer.take(&self.beat)?;
-        let again = inserted.map(|inserted| note(&inserted, &mut self.shards, &mut self.commits));
-        Ok((store, again.unwrap_or_default()))
+    /// Notes what came into Redis; waits until no more than `left` batches are on their way there. Gives the shards that have to be read
+    /// again.
+    fn written(&mut self, left: usize) -> Result<Vec<ShardId>, Ended> {
+        let mut again = Vec::new();
+        while let Some(inserted) = self.stages.next(left, &self.beat)? {
+            again.extend(note(&inserted, &mut self.shards, &mut self.commits));
+        }
+        Ok(again)
     }
 
     /// Waits for Kafka; when that takes long, the consumer is made anew.
@@ -237,45 +250,60 @@ impl Ingest {
         Ok(())
     }
 
-    /// Now and then: reads the positions of all shards, and renews what must not expire. Gives the shards that have to be read again.
-    fn watch(&mut self, store: &mut Store) -> Result<Vec<ShardId>, Ended> {
+    /// Now and then, with nothing on its way: reads the positions of all shards, renews what must not expire, judges floors. Gives the
+    /// shards that have to be read again.
+    fn watch(&mut self) -> Result<Vec<ShardId>, Ended> {
         let now = Clock::mono_now();
         if now.since(self.watched) < WATCH_EVERY {
             return Ok(Vec::new());
         }
+        let mut again = self.written(0)?;
         self.watched = now;
         let shards: Vec<ShardId> = self.shards.keys().copied().collect();
+        let shared = self.store.clone();
+        let mut store = shared.take();
         if now.since(self.renewed) >= RENEW_EVERY {
             self.renewed = now;
             store.renew(&shards, &mut self.beat)?;
         }
-        store.watch(&shards, &mut self.beat)
+        again.extend(store.watch(&shards, &mut self.beat)?);
+        // The queues of a node that went back do not say what was buffered.
+        if again.is_empty() {
+            self.judge_floors(&mut store)?;
+        }
+        Ok(again)
     }
 
-    /// Reads shards again: a node went back, or their place is gone from the topic. What was handed over comes into Redis first: it may be
+    /// Reads shards again: a node went back, or their place is gone from the topic. What is on its way comes into Redis first: it may be
     /// gone from the topic as well.
     fn read_again(&mut self, mut again: Vec<ShardId>) -> Result<(), Ended> {
         if again.is_empty() {
             return Ok(());
         }
-        let (mut store, more) = self.take_store()?;
-        again.extend(more);
+        again.extend(self.written(0)?);
         again.sort_unstable();
         again.dedup();
-        if let Ok(again) = ShardList::new(again) {
-            self.begin_again(&again, &mut store)?;
+        match ShardList::new(again) {
+            Ok(again) => self.begin_again(&again),
+            Err(_) => Ok(()),
         }
-        self.writer.keep(store);
-        Ok(())
     }
 
     /// Begins shards again where the store says.
-    fn begin_again(&mut self, again: &ShardList, store: &mut Store) -> Result<(), Ended> {
+    fn begin_again(&mut self, again: &ShardList) -> Result<(), Ended> {
         warn!("read again shards={again}: from their positions");
         self.beat.wait(AGAIN_AFTER);
         self.beat.go_on()?;
         again.iter().for_each(|shard| self.commits.forget(shard));
-        let begun = locate(&self.config, again, &mut self.input, store, &mut self.beat)?;
+        let shared = self.store.clone();
+        let mut store = shared.take();
+        let begun = locate(
+            &self.config,
+            again,
+            &mut self.input,
+            &mut store,
+            &mut self.beat,
+        )?;
         for (&id, begun) in &begun {
             let Some(shard) = self.shards.get_mut(&id) else {
                 continue;
@@ -285,7 +313,7 @@ impl Ingest {
             self.commits.set_floor(id, shard.floor.offset());
             self.clocks.rewind(id, begun.clock);
         }
-        self.making.positions.clone_from(store.positions());
+        self.positions.clone_from(store.positions());
         read_from(&begun, &mut self.input, &mut self.commits, &mut self.beat)
     }
 

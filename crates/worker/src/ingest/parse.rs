@@ -1,7 +1,7 @@
 //! Reads one message of the input: what groups a span, and where its JSON is edited on its way out.
 //!
 //! In:     the value of a message, which may be any bytes.
-//! Out:    `Span`, which borrows the value, or why it is none.
+//! Out:    `Span`, or why it is none.
 //! Keeps:  no schema-valid message is refused; no depth of nesting fails or costs stack; every value is skipped, not built.
 //! Knows:  the fields of a span. Pure.
 //! Source: docs/spec.md 2.1–2.3; `ingest-spans.v1.schema.json` of sentry-kafka-schemas 3.0.2.
@@ -34,9 +34,9 @@ const SEGMENT_ATTRIBUTE: &str = "sentry.segment.id";
 /// The most days of retention that the schema allows.
 const RETENTION_DAYS_MAX: u64 = 65_535;
 
-/// One span of the input.
+/// What a message says of its span.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Span<'a> {
+pub struct Span {
     /// Its organization.
     pub organization: OrganizationId,
     /// Its project.
@@ -51,8 +51,6 @@ pub struct Span<'a> {
     pub is_segment: bool,
     /// The id of its segment, when its attributes know it.
     pub segment: Option<SpanId>,
-    /// The message, byte for byte.
-    pub json: &'a [u8],
     /// Where the message is edited on its way out.
     pub splice: Splice,
 }
@@ -106,7 +104,7 @@ pub enum ParseError {
 ///
 /// # Errors
 /// [`ParseError`] when it is no span; another try gives the same.
-pub fn parse(json: &[u8]) -> Result<Span<'_>, ParseError> {
+pub fn parse(json: &[u8]) -> Result<Span, ParseError> {
     if u32::try_from(json.len()).is_err() {
         return Err(ParseError::TooLong { bytes: json.len() });
     }
@@ -145,7 +143,6 @@ pub fn parse(json: &[u8]) -> Result<Span<'_>, ParseError> {
         parent: parent.text_or_null()?.map(span_id).transpose()?,
         is_segment: is_segment.flag_or_null()?,
         segment,
-        json,
         splice: Splice {
             span_id_end: range(message, id.text()?).end,
             is_segment: is_segment.json.map(|value| range(message, value)),
@@ -383,17 +380,16 @@ mod tests {
     }
 
     #[track_caller]
-    fn span(json: &str) -> Span<'_> {
+    fn span(json: &str) -> Span {
         match parse(json.as_bytes()) {
             Ok(span) => span,
             Err(error) => panic!("{error:?}: {json}"),
         }
     }
 
-    fn text(part: &Range<u32>, json: &[u8]) -> String {
+    fn text(part: &Range<u32>, json: &str) -> String {
         let (start, end) = (part.start.try_into().unwrap(), part.end.try_into().unwrap());
-        let bytes: &[u8] = &json[Range::<usize> { start, end }];
-        String::from_utf8(bytes.to_vec()).unwrap()
+        json[Range::<usize> { start, end }].to_owned()
     }
 
     #[test]
@@ -423,13 +419,11 @@ mod tests {
         assert_eq!(span.parent, Some(SpanId::Hex(0x968c_ff94_913e_bb08)));
         assert_eq!(span.segment, Some(SpanId::Hex(0x968c_ff94_913e_bb07)));
         assert!(!span.is_segment);
-        assert_eq!(span.json, json.as_bytes());
         assert!(
-            text(&(0..span.splice.span_id_end), span.json)
-                .ends_with(r#""span_id": "bbbbbbbbbbbbbbbb""#)
+            text(&(0..span.splice.span_id_end), json).ends_with(r#""span_id": "bbbbbbbbbbbbbbbb""#)
         );
         assert_eq!(
-            text(&span.splice.is_segment.clone().unwrap(), span.json),
+            text(&span.splice.is_segment.clone().unwrap(), json),
             "false"
         );
         assert_eq!(span.splice.segment, SegmentPlace::Known);
@@ -669,15 +663,15 @@ mod tests {
             (&span.id, span.is_segment, &span.segment),
             (&SpanId::new(b"last"), true, &None)
         );
-        assert!(text(&(0..span.splice.span_id_end), span.json).ends_with(r#""span_id":"last""#));
+        assert!(text(&(0..span.splice.span_id_end), &json).ends_with(r#""span_id":"last""#));
         assert_eq!(
-            text(span.splice.is_segment.as_ref().unwrap(), span.json),
+            text(span.splice.is_segment.as_ref().unwrap(), &json),
             "true"
         );
         let SegmentPlace::Attribute(place) = &span.splice.segment else {
             panic!("{:?}", span.splice)
         };
-        assert_eq!(text(place, span.json), r#"{"value":"y","value":null}"#);
+        assert_eq!(text(place, &json), r#"{"value":"y","value":null}"#);
     }
 
     #[test]
@@ -732,11 +726,11 @@ mod tests {
             let span = span(&json);
             assert_eq!(span.segment, None, "{row}");
             let found = match &span.splice.segment {
-                SegmentPlace::Attributes(place) => ("all", text(place, span.json)),
-                SegmentPlace::Attribute(place) => ("one", text(place, span.json)),
+                SegmentPlace::Attributes(place) => ("all", text(place, &json)),
+                SegmentPlace::Attribute(place) => ("one", text(place, &json)),
                 SegmentPlace::Object { at, empty } => (
                     if *empty { "empty" } else { "object" },
-                    text(&(*at..*at + u32::try_from(part.len()).unwrap()), span.json),
+                    text(&(*at..*at + u32::try_from(part.len()).unwrap()), &json),
                 ),
                 other => panic!("{row}: {other:?}"),
             };
@@ -810,7 +804,7 @@ mod tests {
     }
 
     /// A message and what is to be edited in it, done the plain way.
-    fn edited(span: &Span<'_>, segment: &str, is_segment: bool) -> Vec<u8> {
+    fn edited(json: &[u8], span: &Span, segment: &str, is_segment: bool) -> Vec<u8> {
         let attribute = json!({"type": "string", "value": segment}).to_string();
         let named = format!(r#""sentry.segment.id":{attribute}"#);
         let splice = &span.splice;
@@ -829,7 +823,7 @@ mod tests {
             SegmentPlace::Missing => Some((behind_id, format!(r#","attributes":{{{named}}}"#))),
         });
         edits.sort_by_key(|(place, _)| std::cmp::Reverse((place.start, place.end)));
-        let mut out = span.json.to_vec();
+        let mut out = json.to_vec();
         for (place, text) in edits {
             let place: Range<usize> =
                 place.start.try_into().unwrap()..place.end.try_into().unwrap();
@@ -999,11 +993,11 @@ mod tests {
             prop_assert_eq!(&span.segment, &known);
             prop_assert_eq!(known.is_some(), span.splice.segment == SegmentPlace::Known);
 
-            let output: Value = serde_json::from_slice(&edited(&span, &segment, is_segment)).unwrap();
+            let output: Value = serde_json::from_slice(&edited(json.as_bytes(), &span, &segment, is_segment)).unwrap();
             prop_assert_eq!(output, expected(value, &segment, is_segment));
-            let stored = chunk::encode(Codec::None, &[(span.json, &span.splice)]);
+            let stored = chunk::encode(Codec::None, &[(json.as_bytes(), &span.splice)]);
             let stored = chunk::decode(&stored, u64::MAX).unwrap();
-            prop_assert_eq!(stored.spans().next(), Some((span.json, &span.splice)));
+            prop_assert_eq!(stored.spans().next(), Some((json.as_bytes(), &span.splice)));
         }
 
         #[test]

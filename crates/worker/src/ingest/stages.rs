@@ -1,0 +1,235 @@
+//! Stages behind one another, each on a thread of its own: while one waits for Redis, the one before it works on the next batch.
+//!
+//! In:     batches, in their order.
+//! Out:    what became of each, in the same order.
+//! Keeps:  there is one batch a stage at most; after a failure nothing that came behind it is taken on; a panic of a thread ends the process.
+//! Knows:  threads and channels. Not what a stage does.
+//! Source: docs/house.md 3.
+
+use std::{
+    panic::resume_unwind,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TryRecvError, bounded};
+use shared::board::Phase;
+
+use crate::{Ended, beat::Beat};
+
+/// How long one wait for another stage may last: all show progress in between.
+const SLICE: Duration = Duration::from_millis(250);
+
+/// Stages that make `O` of `I`.
+#[derive(Debug)]
+pub struct Stages<I, O> {
+    first: Sender<Result<I, Ended>>,
+    last: Receiver<Result<O, Ended>>,
+    threads: Vec<JoinHandle<()>>,
+    /// What was handed over and has not come out.
+    under_way: usize,
+}
+
+impl<I: Send + 'static, O: Send + 'static> Stages<I, O> {
+    /// Starts one stage.
+    #[must_use]
+    pub fn start(beat: Beat, work: impl Work<I, O>) -> Self {
+        let (first, given) = bounded(1);
+        let (last, thread) = stage(given, beat, work);
+        Self {
+            first,
+            last,
+            threads: vec![thread],
+            under_way: 0,
+        }
+    }
+
+    /// Starts one more, behind the others.
+    #[must_use]
+    pub fn then<P: Send + 'static>(mut self, beat: Beat, work: impl Work<O, P>) -> Stages<I, P> {
+        let (last, thread) = stage(self.last, beat, work);
+        self.threads.push(thread);
+        Stages {
+            first: self.first,
+            last,
+            threads: self.threads,
+            under_way: self.under_way,
+        }
+    }
+
+    /// How many may be under way when one more is handed over: each stage has one then.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.threads.len() - 1
+    }
+
+    /// Gives the next that came out; waits for it while more than `left` are under way.
+    ///
+    /// # Errors
+    /// What a stage ended with; [`Ended::Stopped`] when there is none any more.
+    pub fn next(&mut self, left: usize, beat: &Beat) -> Result<Option<O>, Ended> {
+        let came = loop {
+            if self.under_way > left {
+                match self.last.recv_timeout(SLICE) {
+                    Ok(came) => break came,
+                    // A stage ends by itself, once it hears of a stop.
+                    Err(RecvTimeoutError::Timeout) => beat.progress(),
+                    Err(RecvTimeoutError::Disconnected) => return Err(Ended::Stopped),
+                }
+            } else {
+                match self.last.try_recv() {
+                    Ok(came) => break came,
+                    Err(TryRecvError::Empty) => return Ok(None),
+                    Err(TryRecvError::Disconnected) => return Err(Ended::Stopped),
+                }
+            }
+        };
+        self.under_way -= 1;
+        came.map(Some)
+    }
+
+    /// Hands one over; there is [`room`](Self::room).
+    pub fn hand(&mut self, input: I) {
+        debug_assert!(
+            self.under_way <= self.room(),
+            "a queue grows between stages"
+        );
+        self.under_way += 1;
+        // Where the stage is gone, the next that is asked for says so.
+        drop(self.first.send(Ok(input)));
+    }
+
+    /// Lets all that is under way come out, as far as it does.
+    pub fn end(self, beat: &Beat) -> Vec<O> {
+        drop(self.first);
+        let mut came = Vec::new();
+        loop {
+            match self.last.recv_timeout(SLICE) {
+                Ok(output) => came.extend(output),
+                Err(RecvTimeoutError::Timeout) => beat.progress(),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        for thread in self.threads {
+            let ended = thread.join();
+            ended.unwrap_or_else(|panic| resume_unwind(panic));
+        }
+        came
+    }
+}
+
+/// What a stage does to each that it is given.
+pub trait Work<I, O>: FnMut(I, &mut Beat) -> Result<O, Ended> + Send + 'static {}
+
+impl<I, O, W: FnMut(I, &mut Beat) -> Result<O, Ended> + Send + 'static> Work<I, O> for W {}
+
+/// Starts the thread of one stage, with a hold of its own on the worker's slot. It ends when the one before it has.
+fn stage<I: Send + 'static, O: Send + 'static>(
+    given: Receiver<Result<I, Ended>>,
+    mut beat: Beat,
+    mut work: impl Work<I, O>,
+) -> (Receiver<Result<O, Ended>>, JoinHandle<()>) {
+    let (give, taken) = bounded(1);
+    let thread = thread::spawn(move || {
+        loop {
+            match given.recv_timeout(SLICE) {
+                Ok(input) => {
+                    let output = input.and_then(|input| work(input, &mut beat));
+                    let is_over = output.is_err();
+                    // Where nobody listens any more, nobody waits for it.
+                    if give.send(output).is_err() || is_over {
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            beat.phase(Phase::Idle);
+        }
+    });
+    (taken, thread)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        iter::from_fn,
+        panic::{AssertUnwindSafe, catch_unwind},
+    };
+
+    use shared::{
+        board::BoardOwner,
+        config::{Config, Flags},
+    };
+
+    use super::*;
+    use crate::beat::tests::alone;
+
+    fn beat() -> (Beat, BoardOwner) {
+        let shards = ("SPANBUF_SUPERVISION__SHARDS".into(), "0".into());
+        let config = Config::load(None, std::iter::once(shards), &Flags::default()).unwrap();
+        let (mut beat, board) = alone(&config);
+        beat.ready();
+        (beat, board)
+    }
+
+    /// Two stages; the first waits for a word before each.
+    fn two(beat: &Beat) -> (Stages<u32, String>, Sender<()>) {
+        let (go, word) = bounded(9);
+        let stages = Stages::start(beat.another(), move |number: u32, _: &mut Beat| {
+            word.recv().map(|()| number + 1).map_err(|_| Ended::Stopped)
+        });
+        let print = |number: u32, _: &mut Beat| match number {
+            0..90 => Ok(number.to_string()),
+            _ => panic!("the last stage"),
+        };
+        (stages.then(beat.another(), print), go)
+    }
+
+    fn all(stages: &mut Stages<u32, String>, left: usize, beat: &Beat) -> Vec<String> {
+        from_fn(|| stages.next(left, beat).unwrap()).collect()
+    }
+
+    #[test]
+    fn each_stage_has_one_and_all_come_out_in_their_order() {
+        let (beat, _board) = beat();
+        let (mut stages, go) = two(&beat);
+        assert_eq!(stages.room(), 1);
+        stages.hand(1);
+        stages.hand(2);
+        assert!(all(&mut stages, 2, &beat).is_empty(), "it does not wait");
+        go.send(()).unwrap();
+        assert_eq!(all(&mut stages, 1, &beat), ["2"], "there is room");
+        stages.hand(3);
+        go.send(()).unwrap();
+        go.send(()).unwrap();
+        assert_eq!(all(&mut stages, 0, &beat), ["3", "4"]);
+        stages.hand(4);
+        stages.hand(5);
+        go.send(()).unwrap();
+        drop(go);
+        assert_eq!(stages.end(&beat), ["5"], "one had no word any more");
+    }
+
+    #[test]
+    fn behind_a_failure_nothing_comes_out() {
+        let (beat, _board) = beat();
+        let (mut stages, go) = two(&beat);
+        stages.hand(1);
+        stages.hand(2);
+        drop(go);
+        assert!(matches!(stages.next(1, &beat), Err(Ended::Stopped)));
+        assert!(matches!(stages.next(0, &beat), Err(Ended::Stopped)));
+        assert!(stages.end(&beat).is_empty());
+    }
+
+    #[test]
+    fn a_panic_of_a_stage_is_passed_on() {
+        let (beat, _board) = beat();
+        let (mut stages, go) = two(&beat);
+        go.send(()).unwrap();
+        stages.hand(99);
+        assert!(matches!(stages.next(0, &beat), Err(Ended::Stopped)));
+        assert!(catch_unwind(AssertUnwindSafe(|| stages.end(&beat))).is_err());
+    }
+}
