@@ -15,6 +15,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process,
+    sync::{Mutex, PoisonError},
 };
 
 use rustix::fs::FallocateFlags;
@@ -32,6 +33,8 @@ pub(super) const FOLDER: &str = "/dev/shm";
 const PREFIX: &str = "spanbuf-";
 /// Between making and locking it, another supervisor's sweep may take a board for a dead one's.
 const TRIES: u32 = 5;
+/// Boards of one process, as tests make them, have one name: each takes the one before for a dead one's, which may not be half made.
+static MAKING: Mutex<()> = Mutex::new(());
 
 /// The supervisor's board.
 pub struct BoardOwner {
@@ -61,6 +64,7 @@ impl BoardOwner {
     /// # Errors
     /// [`BoardError`].
     pub fn create(shards: &ShardList, slots: u32) -> Result<Self, BoardError> {
+        let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
         sweep();
         let start = start_ticks().ok_or(BoardError::NoStartTime)?;
         let name = format!("{PREFIX}{}-{start}", process::id());
@@ -201,7 +205,6 @@ pub(super) fn describe(words: &Words, bytes: usize, start: u64, shards: &ShardLi
     std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
 }
 
-/// Removes every board whose lock can be taken: its supervisor is dead. What may not be opened is another user's.
 /// The names of all boards there are, of the living and of the dead.
 #[must_use]
 pub fn boards() -> Vec<String> {
@@ -212,6 +215,7 @@ pub fn boards() -> Vec<String> {
     boards
 }
 
+/// Removes every board whose lock can be taken: its supervisor is dead. What may not be opened is another user's.
 fn sweep() {
     let Ok(entries) = fs::read_dir(FOLDER) else {
         return;
