@@ -16,4 +16,6 @@ mod store_calls;
 mod store_clear;
 mod store_cluster;
 mod store_full;
+mod store_insert;
+mod store_lanes;
 mod store_scripts;

@@ -61,7 +61,8 @@ const SIZES: [usize; 5] = [1, 5, 100, 10_000, 100_000];
 
 /// One way to keep spans until their segments are due.
 trait Way {
-    /// Begins anew, on an empty server. What a process keeps for as long as it runs, connections, threads and their memory, stays.
+    /// Begins anew, on an empty server. What a process keeps for as long as it runs, connections, threads and their memory, stays; but
+    /// for the product's writer, whose store has another name now.
     fn begin(&mut self) {}
     /// Inserts a batch; what Redis has to do may still be under way.
     fn insert(&mut self, batch: Vec<Envelope>);
@@ -188,7 +189,7 @@ fn store(rest: &[String]) {
             // The first round warms caches and memory, and is thrown away.
             for round in 0..=ROUNDS {
                 for (name, way) in &mut ways {
-                    let costs = measure(way.as_mut(), &redis, &batches, input.spans());
+                    let costs = measure(name, way.as_mut(), &redis, &batches, input.spans());
                     if round > 0 {
                         for (phase, cost) in ["insert", "flush"].iter().zip(&costs) {
                             results.add(
@@ -204,7 +205,13 @@ fn store(rest: &[String]) {
 }
 
 /// One way, from an empty server to an empty server.
-fn measure(way: &mut dyn Way, redis: &Redis, batches: &[Vec<Envelope>], spans: usize) -> [Cost; 2] {
+fn measure(
+    name: &str,
+    way: &mut dyn Way,
+    redis: &Redis,
+    batches: &[Vec<Envelope>],
+    spans: usize,
+) -> [Cost; 2] {
     redis.flush_all().unwrap();
     way.begin();
     let copies = batches.to_vec();
@@ -217,7 +224,10 @@ fn measure(way: &mut dyn Way, redis: &Redis, batches: &[Vec<Envelope>], spans: u
     let meter = Meter::start(redis);
     let flushed = way.flush();
     let flush = meter.stop(spans);
-    assert_eq!(flushed.spans, spans as u64, "every span comes out once");
+    assert_eq!(
+        flushed.spans, spans as u64,
+        "{name}: every span comes out once"
+    );
     [insert, flush]
 }
 
@@ -275,7 +285,7 @@ fn codecs(files: &[String]) {
             .map(|compression| (compression, way("product", &redis, compression)));
         for round in 0..=ROUNDS {
             for (compression, way) in &mut ways {
-                let costs = measure(way.as_mut(), &redis, &batches, input.spans());
+                let costs = measure("product", way.as_mut(), &redis, &batches, input.spans());
                 if round > 0 {
                     for (phase, cost) in ["insert", "flush"].iter().zip(&costs) {
                         results.add(

@@ -1,6 +1,6 @@
 //! The product's own rooms, in the order of `ingest::pass` and `flush::cycle`, without Kafka.
 //!
-//! Keeps:  nothing of them is copied here: what is measured is what runs.
+//! Keeps:  nothing of them is copied here but the order of `encode`, as envelopes are grouped alone: what is measured is what runs.
 //! Source: crates/worker/src/ingest/mod.rs, crates/worker/src/flush/mod.rs.
 
 use std::{
@@ -139,8 +139,8 @@ impl Product {
             encoder,
             dead_letters: DeadLetters::new(&config.kafka).unwrap(),
             store,
-            writing: Stages::start(beat.another(), move |batch, beat: &mut Beat| {
-                writer.write(batch, beat)
+            writing: Stages::start(beat.another(), move |encoded, beat| {
+                writer.write(encoded, beat)
             }),
             lanes: lanes(&config, &taken, &beat),
             taken,
@@ -166,9 +166,9 @@ impl Product {
         let queues = due::read(client, beat, &[(BUCKET, LATER)], lanes.wanted()).unwrap();
         let mut due = queues.due;
         due.retain(|due| !lanes.hold(due));
-        let is_over = due.is_empty() && !queues.more;
+        let any = !due.is_empty() || queues.more;
         lanes.hand(due, beat).unwrap();
-        !is_over
+        any
     }
 }
 

@@ -264,7 +264,7 @@ impl Beat {
         self.shared.stop.request();
     }
 
-    /// Whether the supervisor asked this worker to stop, or one of its threads did.
+    /// Whether the supervisor asked this worker to stop, or one of its threads did, or panicked.
     #[must_use]
     pub fn stopping(&self) -> bool {
         self.shared.stop.requested()

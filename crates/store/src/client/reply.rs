@@ -80,6 +80,19 @@ pub fn list(value: &Value) -> Option<Vec<Vec<u8>>> {
     }
 }
 
+/// The values of fields, in the order in which they were asked for, none where there is no such field; `None` for anything that is no list.
+#[must_use]
+pub fn values(value: Value) -> Option<Vec<Option<Vec<u8>>>> {
+    let Value::Array(values) = value else {
+        return None;
+    };
+    let owned = |value| match value {
+        Value::BulkString(bytes) => Some(bytes),
+        _ => None,
+    };
+    Some(values.into_iter().map(owned).collect())
+}
+
 /// Fields of a hash with their values; `None` for anything that is no list of pairs of strings.
 #[must_use]
 pub fn pairs(value: Value) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
@@ -196,6 +209,14 @@ mod tests {
             assert!(scored(&value).is_empty());
         }
         assert_eq!(list(&Value::Array(vec![Value::Int(1)])), None);
+    }
+
+    #[test]
+    fn values_keep_the_places_of_what_is_not_there() {
+        let text = Value::BulkString(b"x".to_vec());
+        let reply = Value::Array(vec![Value::Nil, text, Value::Int(1)]);
+        assert_eq!(values(reply), Some(vec![None, Some(b"x".to_vec()), None]));
+        assert_eq!(values(Value::Nil), None);
     }
 
     #[test]

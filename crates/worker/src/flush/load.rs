@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use log::{error, warn};
 use store::{
     chunk::{self, Chunk, ChunkError},
-    client::{Client, Command},
+    client::{Client, Command, reply},
     scripts::FieldOut,
 };
 
@@ -151,12 +151,12 @@ fn sort(mut look: Look, answers: &mut impl Iterator<Item = Answer>) -> Loaded {
         }
     }
     for field in std::mem::take(&mut look.damaged) {
-        let Some(value) = values(&look.due, answers.next(), 1).and_then(|mut values| values.pop())
-        else {
+        let values = values(&look.due, answers.next(), 1);
+        let Some(value) = values.and_then(|mut values| values.pop()) else {
             continue;
         };
         // How many spans it held is known from its chunk, or not at all: then they turn up as expired.
-        let spans = match read(&look.due, bytes(value).as_deref(), UNTOLD_BYTES) {
+        let spans = match read(&look.due, value.as_deref(), UNTOLD_BYTES) {
             Value::Spans(chunk) => chunk.len(),
             Value::Gone | Value::Unknown | Value::Corrupt => 0,
         };
@@ -177,7 +177,7 @@ fn take_chunks(
 ) -> bool {
     let counts: Vec<usize> = groups(entries).into_iter().map(<[Entry]>::len).collect();
     // All of them are taken, good or not: what follows is another segment's.
-    let answered: Vec<Option<Vec<store::client::Value>>> = counts
+    let answered: Vec<Option<Values>> = counts
         .into_iter()
         .map(|count| values(due, answers.next(), count))
         .collect();
@@ -185,7 +185,7 @@ fn take_chunks(
         return false;
     };
     for (entry, value) in entries.iter_mut().zip(answered.into_iter().flatten()) {
-        entry.chunk = bytes(value);
+        entry.chunk = value;
     }
     true
 }
@@ -220,15 +220,20 @@ fn offsets(entry: &Entry) -> impl Iterator<Item = u64> {
     entry.header.spans.iter().map(|span| span.offset)
 }
 
-fn values(due: &Due, answer: Option<Answer>, count: usize) -> Option<Vec<store::client::Value>> {
+/// Chunks, where they are there.
+type Values = Vec<Option<Vec<u8>>>;
+
+fn values(due: &Due, answer: Option<Answer>, count: usize) -> Option<Values> {
     match answer? {
-        Ok(store::client::Value::Array(values)) if values.len() == count => Some(values),
-        Ok(_) => {
-            error!(
-                "load segment shard={} member={}: reply is no list of fields={count} (check redis version)",
-                due.bucket.shard, due.member
-            );
-            None
+        Ok(reply) => {
+            let values = reply::values(reply).filter(|values| values.len() == count);
+            if values.is_none() {
+                error!(
+                    "load segment shard={} member={}: reply is no list of fields={count} (check redis version)",
+                    due.bucket.shard, due.member
+                );
+            }
+            values
         }
         Err(refusal) => {
             error!(
@@ -237,13 +242,6 @@ fn values(due: &Due, answer: Option<Answer>, count: usize) -> Option<Vec<store::
             );
             None
         }
-    }
-}
-
-fn bytes(value: store::client::Value) -> Option<Vec<u8>> {
-    match value {
-        store::client::Value::BulkString(bytes) => Some(bytes),
-        _ => None,
     }
 }
 

@@ -310,7 +310,9 @@ fn clean_cuts(spans: &[Edited<'_>]) -> Vec<bool> {
 /// The hash of what is in a message: shard, trace, and offset and id of each span, with lengths where they are not fixed.
 fn flush_id(shard: ShardId, member: &Member, spans: &[Edited<'_>]) -> String {
     // In one piece: a hasher that is given many small ones costs several times as much.
-    let mut hashed = Vec::with_capacity(16 + member.as_bytes().len() + 24 * spans.len());
+    let fixed = 4 + 8 + member.as_bytes().len();
+    // Offset, length, and an id as it is usual.
+    let mut hashed = Vec::with_capacity(fixed + (8 + 8 + 8) * spans.len());
     hashed.extend_from_slice(&shard.0.to_le_bytes());
     hashed.extend_from_slice(&count(member.as_bytes().len()).to_le_bytes());
     hashed.extend_from_slice(member.as_bytes());

@@ -1,7 +1,7 @@
-//! Sorts the records of one batch: by shard, into spans to insert and messages to refuse.
+//! Makes a batch of records: by shard, into spans to insert and messages to refuse.
 //!
 //! In:     `Record`s as they came, each shard's in offset order; where the buckets stand.
-//! Out:    a `Part` of the batch for each shard that got anything; with its `now` it goes into a `Batch`.
+//! Out:    `Batch`: a `Part` for each shard that got anything, with the shard's `now`.
 //! Keeps:  every record is counted in exactly one of spans, refused, standing (below its bucket's position).
 //! Knows:  parsing and buckets. No Kafka, no Redis, no clock.
 //! Source: docs/spec.md 2, 4; docs/store.md 2.
@@ -74,13 +74,31 @@ pub struct Part {
 }
 
 /// What was read at once: the parts of its shards, each with the shard's `now`.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Batch(pub Vec<(Part, UnixMillis)>);
 
 impl Batch {
-    /// Leaves the parts of these shards out: they are read again, from before this batch.
-    pub fn leave_out(&mut self, shards: &[ShardId]) {
-        self.0.retain(|(part, _)| !shards.contains(&part.shard));
+    /// Makes a batch of records. `now` begins a shard's part; none: the shard is not ours. Positions go on to behind what was read: what
+    /// comes again of it is in Redis, or on its way there.
+    pub fn make(
+        records: impl IntoIterator<Item = Record>,
+        now: impl Fn(ShardId, &[UnixMillis]) -> Option<UnixMillis>,
+        positions: &mut Positions,
+        buckets: Buckets,
+    ) -> Self {
+        let mut parts = Vec::new();
+        for part in sort(records, positions, buckets) {
+            // Only assigned partitions are read.
+            let Some(now) = now(part.shard, &part.times) else {
+                continue;
+            };
+            for bucket in buckets.of_shard(part.shard) {
+                let position = positions.entry(bucket).or_default();
+                *position = part.next.max(*position);
+            }
+            parts.push((part, now));
+        }
+        Self(parts)
     }
 }
 
@@ -88,7 +106,7 @@ impl Batch {
 pub type Positions = HashMap<Bucket, u64>;
 
 /// Sorts records by shard, and each shard's into spans and refusals.
-pub fn sort(
+fn sort(
     records: impl IntoIterator<Item = Record>,
     positions: &Positions,
     buckets: Buckets,
@@ -129,10 +147,12 @@ impl Part {
         } = record;
         self.next = offset + 1;
         self.times.push(time);
-        let (span, json) = match payload.map(|json| (parse(&json), json)) {
-            Some((Ok(span), json)) => (span, json),
-            Some((Err(error), json)) => return self.refuse(offset, Some(json), error.into()),
-            None => return self.refuse(offset, None, Reason::Tombstone),
+        let Some(json) = payload else {
+            return self.refuse(offset, None, Reason::Tombstone);
+        };
+        let span = match parse(&json) {
+            Ok(span) => span,
+            Err(error) => return self.refuse(offset, Some(json), error.into()),
         };
         let bucket = buckets.of_trace(shard, span.project, &span.trace);
         if positions.get(&bucket).is_some_and(|&next| offset < next) {
@@ -253,13 +273,31 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_goes_on_without_the_shards_that_are_read_again() {
-        let records = [1, 3, 4].map(|shard| record(shard, 7, Some(VALID)));
-        let parts = sort(records, &Positions::new(), Buckets::new(None, 1)).into_iter();
-        let mut batch = Batch(parts.map(|part| (part, UnixMillis(1))).collect());
-        batch.leave_out(&[ShardId(3), ShardId(9)]);
-        let left = batch.0.iter().map(|(part, _)| part.shard);
-        assert!(left.eq([ShardId(1), ShardId(4)]));
+    fn what_was_read_stands_before_it_is_written() {
+        let buckets = Buckets::new(None, 4);
+        let far = bucket(3, 4);
+        let mut positions = Positions::from([(far, 100)]);
+        let mut read = |shard, offsets: &[u64]| {
+            let records = offsets
+                .iter()
+                .map(|&offset| record(shard, offset, Some(VALID)));
+            let now = |shard, times: &[UnixMillis]| (shard != ShardId(9)).then(|| times[0]);
+            let batch = Batch::make(records, now, &mut positions, buckets);
+            let of = |(part, now): &(Part, UnixMillis)| (part.spans.len(), part.standing, now.0);
+            batch.0.iter().map(of).collect::<Vec<_>>()
+        };
+        assert_eq!(read(1, &[7, 8]), [(2, 0, 1_007)]);
+        assert_eq!(read(1, &[8, 9]), [(1, 1, 1_008)], "it was read before");
+        assert_eq!(read(3, &[98]), [(0, 1, 1_098)]);
+        assert_eq!(read(9, &[1]), [], "not ours");
+        assert_eq!(positions[&far], 100, "it is ahead of the others");
+        let of_shard = buckets.of_shard(ShardId(3)).filter(|&bucket| bucket != far);
+        assert!(of_shard.map(|bucket| positions[&bucket]).eq([99; 3]));
+        assert!(
+            buckets
+                .of_shard(ShardId(9))
+                .all(|bucket| !positions.contains_key(&bucket))
+        );
     }
 
     #[test]

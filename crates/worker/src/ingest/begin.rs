@@ -30,7 +30,6 @@ use super::{
     insert::Store,
     intake::Intake,
     journal::Encoder,
-    stages::Stages,
     start::{Known, Source, Start, floor_of, start},
     writer::{SharedStore, Writer},
 };
@@ -99,7 +98,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         launch.flush_workers,
         config.intake.backpressure_seconds,
     );
-    let mut making = Making {
+    let making = Making {
         limits: GroupLimits {
             spans_max: config.buffer.max_spans_per_insert,
             bytes_max: config.buffer.max_insert_bytes,
@@ -118,12 +117,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     Ok(Ingest {
         board: board.clone(),
         input,
-        stages: Stages::start(beat.another(), move |batch, beat: &mut Beat| {
-            making.encode(batch, beat)
-        })
-        .then(beat.another(), move |batch, beat: &mut Beat| {
-            writer.write(batch, beat)
-        }),
+        stages: super::way(making, writer, &beat),
         store,
         buckets,
         positions,

@@ -141,7 +141,7 @@ pub struct Input {
     ends_failed: bool,
     /// Where the questions one by one go on.
     ends_cursor: usize,
-    /// Bytes of the batch before: the next one is made room for as much.
+    /// Bytes of the last batch: the next one gets room for as many.
     batch_bytes: usize,
 }
 
@@ -210,7 +210,7 @@ pub struct BatchLimits {
 /// What one turn of reading gave.
 #[derive(Debug, Default)]
 pub struct Collected {
-    messages: Vec<Read>,
+    messages: Vec<Received>,
     /// The values, one behind the other. Copied: the batch goes on to other threads, and a message of librdkafka's is its consumer's.
     values: Vec<u8>,
     /// Shards that came to their end, with no message behind it.
@@ -223,7 +223,7 @@ pub struct Collected {
 
 /// One message, and where its value stands among the others.
 #[derive(Debug)]
-struct Read {
+struct Received {
     shard: ShardId,
     offset: u64,
     time: Option<UnixMillis>,
@@ -477,7 +477,9 @@ impl Input {
                 }
             }
         }
-        self.batch_bytes = batch.values.len();
+        if !batch.is_empty() {
+            self.batch_bytes = batch.values.len();
+        }
         batch
     }
 
@@ -631,7 +633,7 @@ impl Collected {
             from..self.values.len()
         });
         let time = message.timestamp().to_millis();
-        self.messages.push(Read {
+        self.messages.push(Received {
             shard,
             offset,
             time: time

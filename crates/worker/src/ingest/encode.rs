@@ -2,7 +2,7 @@
 //!
 //! In:     `Batch`.
 //! Out:    `Encoded` for `writer`.
-//! Keeps:  every part of the batch stays one, whatever its records are.
+//! Keeps:  a part without spans is kept: its position moves on.
 //! Knows:  the order: group, encode, settle. No Redis.
 //! Source: docs/spec.md 2.6, 3, 4; docs/house.md 3.
 
@@ -44,7 +44,7 @@ pub struct Encoded {
     pub settled: Settled,
 }
 
-/// How a batch is made.
+/// How batches are made into entries.
 #[derive(Debug)]
 pub struct Making {
     /// What one entry may hold.
@@ -82,5 +82,59 @@ impl Making {
             journals,
             settled,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use shared::config::{Config, Flags};
+    use store::keys::Buckets;
+
+    use super::*;
+    use crate::{
+        beat::tests::alone,
+        ingest::batch::{Positions, Record},
+    };
+
+    #[test]
+    fn a_part_without_spans_is_kept() {
+        let variables = [
+            ("SPANBUF_SUPERVISION__SHARDS".into(), "0-1".into()),
+            ("SPANBUF_KAFKA__INPUT_DLQ".into(), "".into()),
+        ];
+        let config = Config::load(None, variables.into_iter(), &Flags::default()).unwrap();
+        let (mut beat, _board) = alone(&config);
+        let buckets = Buckets::new(None, 1);
+        let mut making = Making {
+            limits: GroupLimits {
+                spans_max: 1,
+                bytes_max: 1,
+            },
+            encoder: Encoder::new(buckets, &config.redis, &config.buffer),
+            dead_letters: DeadLetters::new(&config.kafka).unwrap(),
+        };
+        let record = |shard, offset, time, payload| Record {
+            shard: ShardId(shard),
+            offset,
+            time: UnixMillis(time),
+            payload,
+        };
+        let records = [
+            record(1, 4, 30, None),
+            record(1, 5, 70, Some(Bytes::from_static(b"no span"))),
+            record(1, 6, 50, None),
+        ];
+        let now = |_, times: &[UnixMillis]| Some(times[0]);
+        let batch = Batch::make(records, now, &mut Positions::new(), buckets);
+        let encoded = making.encode(batch, &mut beat).unwrap();
+        assert!(encoded.journals.is_empty());
+        let [part] = &encoded.parts[..] else {
+            panic!("{:?}", encoded.parts)
+        };
+        assert_eq!((part.shard, part.first, part.next), (ShardId(1), 4, 7));
+        assert_eq!((part.now.0, part.latest.0), (30, 70));
+        let dropped = encoded.settled.counts(ShardId(1), 0);
+        assert_eq!(dropped.iter().map(|(_, amount)| amount).sum::<u64>(), 3);
     }
 }

@@ -57,7 +57,7 @@ impl Inserted {
         self.parts.iter().map(|part| (part.shard, part.next))
     }
 
-    /// Shards whose position is not what this process wrote last.
+    /// Shards that have to be read again: this batch, or what was met before it, found another position.
     #[must_use]
     pub fn rewind(&self) -> &[ShardId] {
         &self.rewind
@@ -85,8 +85,9 @@ pub struct Store {
     buffer: Buffer,
     /// The positions as this process wrote or adopted them last.
     written: Positions,
-    /// Shards of which an insert met another position: nothing of them is written before that is adopted.
-    lost: HashSet<ShardId>,
+    /// Shards that have to be read again, as a batch before or the watch met another position: nothing of them is written before their
+    /// positions are adopted.
+    read_again: HashSet<ShardId>,
 }
 
 impl Store {
@@ -99,7 +100,7 @@ impl Store {
             ttl: redis.redis_ttl,
             buffer: buffer.clone(),
             written: Positions::new(),
-            lost: HashSet::new(),
+            read_again: HashSet::new(),
         }
     }
 
@@ -152,7 +153,8 @@ impl Store {
             }
             offsets.push(position.map(|position| position.next));
         }
-        self.lost.remove(&shard);
+        // From here on the shard is written again.
+        self.read_again.remove(&shard);
         Ok((offsets, clock))
     }
 
@@ -220,7 +222,9 @@ impl Store {
             .collect();
         let values = insist(&mut self.client, beat, "read positions", &commands)?;
         let stands = values.iter().map(reply::offset);
-        Ok(self.changed(buckets.into_iter().zip(stands)))
+        let changed = self.changed(buckets.into_iter().zip(stands));
+        self.read_again.extend(&changed);
+        Ok(changed)
     }
 
     /// The lowest score in the queues of each of these shards; none where nothing is queued.
@@ -272,8 +276,8 @@ impl Store {
         Ok(())
     }
 
-    /// Inserts a batch: entries and queues, then positions. Parts of shards that have to be read again, as an earlier one met, are left
-    /// out: what was lost comes before them.
+    /// Inserts a batch: entries and queues, then positions. A part is left out whose shard has to be read again: it would come to stand
+    /// over what is missing before it.
     ///
     /// # Errors
     /// [`Ended::Stopped`] when the supervisor asked for it before all was in: nothing of the batch may be committed then.
@@ -284,8 +288,8 @@ impl Store {
             settled,
         } = batch;
         beat.phase(Phase::Redis);
-        let lost = parts.extract_if(.., |part| self.lost.contains(&part.shard));
-        let mut rewind: Vec<ShardId> = lost.map(|part| part.shard).collect();
+        let left_out = parts.extract_if(.., |part| self.read_again.contains(&part.shard));
+        let mut rewind: Vec<ShardId> = left_out.map(|part| part.shard).collect();
         rewind.extend(self.first_positions(&parts, beat)?);
         let shards = parts.iter().map(|part| part.shard);
         let mut open: HashSet<Bucket> = shards.flat_map(|shard| self.buckets_of(shard)).collect();
@@ -313,7 +317,7 @@ impl Store {
         }
         rewind.sort_unstable();
         rewind.dedup();
-        self.lost.extend(&rewind);
+        self.read_again.extend(&rewind);
         parts.retain(|part| !rewind.contains(&part.shard));
         Ok(Inserted { parts, rewind })
     }

@@ -55,12 +55,6 @@ impl Encoder {
         }
     }
 
-    /// How the store is cut into buckets.
-    #[must_use]
-    pub fn buckets(&self) -> Buckets {
-        self.buckets
-    }
-
     /// Headers and chunks of a shard's subsegments, by journal.
     #[must_use]
     pub fn encode(

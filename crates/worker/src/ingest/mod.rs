@@ -14,21 +14,22 @@ use shared::{
     config::Config,
     launch::Launch,
     shard::{ShardId, ShardList},
-    time::{Clock, MonoNanos},
+    time::{Clock, MonoNanos, UnixMillis},
 };
 use store::keys::Buckets;
 
 use self::{
-    batch::{Batch, Positions, sort},
+    batch::{Batch, Positions},
     begin::{locate, read_from},
     clocks::Clocks,
     commit::Commits,
     consume::{BatchLimits, Input, Outage},
+    encode::Making,
     floor::Floor,
     insert::{Inserted, Store},
     intake::{Flusher, Intake},
     stages::Stages,
-    writer::SharedStore,
+    writer::{SharedStore, Writer},
 };
 use crate::{
     Ended,
@@ -128,13 +129,13 @@ impl Ingest {
     fn pass(&mut self) -> Result<(), Ended> {
         self.steer_intake()?;
         let Read {
-            mut batch,
+            batch,
             lost_place,
             outage,
         } = self.read();
-        let mut again = self.written(self.stages.room())?;
+        // With the next, each stage has one.
+        let mut again = self.written(self.stages.count() - 1)?;
         again.extend(self.watch()?);
-        batch.leave_out(&again);
         if !batch.0.is_empty() {
             self.stages.hand(batch);
         }
@@ -186,18 +187,10 @@ impl Ingest {
             self.beat.phase(Phase::Work);
         }
         let records = collected.records(Clock::wall_now());
-        let mut batch = Batch::default();
-        for part in sort(records, &self.positions, self.buckets) {
-            // Only assigned partitions are read.
-            let Some(now) = self.clocks.batch(part.shard, &part.times) else {
-                continue;
-            };
-            for bucket in self.buckets.of_shard(part.shard) {
-                let position = self.positions.entry(bucket).or_default();
-                *position = part.next.max(*position);
-            }
+        let now = |shard, times: &[UnixMillis]| self.clocks.batch(shard, times);
+        let batch = Batch::make(records, now, &mut self.positions, self.buckets);
+        for (part, _) in &batch.0 {
             self.input.advance(part.shard, part.next);
-            batch.0.push((part, now));
         }
         self.input.came_to_end(&collected.ends);
         Read {
@@ -260,6 +253,7 @@ impl Ingest {
         let mut again = self.written(0)?;
         self.watched = now;
         let shards: Vec<ShardId> = self.shards.keys().copied().collect();
+        // A hold of its own: all of `self` is needed beside it.
         let shared = self.store.clone();
         let mut store = shared.take();
         if now.since(self.renewed) >= RENEW_EVERY {
@@ -295,6 +289,7 @@ impl Ingest {
         self.beat.wait(AGAIN_AFTER);
         self.beat.go_on()?;
         again.iter().for_each(|shard| self.commits.forget(shard));
+        // As in `watch`, with nothing on its way.
         let shared = self.store.clone();
         let mut store = shared.take();
         let begun = locate(
@@ -380,6 +375,16 @@ impl Ingest {
             idle: IDLE,
         }
     }
+}
+
+/// The way of a batch that is read: encoded, then written, each on a thread of its own.
+fn way(mut making: Making, writer: Writer, beat: &Beat) -> Stages<Batch, Inserted> {
+    Stages::start(beat.another(), move |batch, beat| {
+        making.encode(batch, beat)
+    })
+    .then(beat.another(), move |encoded, beat| {
+        writer.write(encoded, beat)
+    })
 }
 
 /// Notes what is in Redis: for commits and floors. Gives the shards that have to be read again.

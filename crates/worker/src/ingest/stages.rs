@@ -26,50 +26,57 @@ pub struct Stages<I, O> {
     first: Sender<Result<I, Ended>>,
     last: Receiver<Result<O, Ended>>,
     threads: Vec<JoinHandle<()>>,
-    /// What was handed over and has not come out.
-    under_way: usize,
+    /// How many were handed over and have not come out.
+    on_their_way: usize,
 }
 
 impl<I: Send + 'static, O: Send + 'static> Stages<I, O> {
     /// Starts one stage.
     #[must_use]
-    pub fn start(beat: Beat, work: impl Work<I, O>) -> Self {
+    pub fn start(
+        beat: Beat,
+        work: impl FnMut(I, &mut Beat) -> Result<O, Ended> + Send + 'static,
+    ) -> Self {
         let (first, given) = bounded(1);
         let (last, thread) = stage(given, beat, work);
         Self {
             first,
             last,
             threads: vec![thread],
-            under_way: 0,
+            on_their_way: 0,
         }
     }
 
     /// Starts one more, behind the others.
     #[must_use]
-    pub fn then<P: Send + 'static>(mut self, beat: Beat, work: impl Work<O, P>) -> Stages<I, P> {
+    pub(super) fn then<P: Send + 'static>(
+        mut self,
+        beat: Beat,
+        work: impl FnMut(O, &mut Beat) -> Result<P, Ended> + Send + 'static,
+    ) -> Stages<I, P> {
         let (last, thread) = stage(self.last, beat, work);
         self.threads.push(thread);
         Stages {
             first: self.first,
             last,
             threads: self.threads,
-            under_way: self.under_way,
+            on_their_way: self.on_their_way,
         }
     }
 
-    /// How many may be under way when one more is handed over: each stage has one then.
+    /// How many stages there are.
     #[must_use]
-    pub fn room(&self) -> usize {
-        self.threads.len() - 1
+    pub(super) fn count(&self) -> usize {
+        self.threads.len()
     }
 
-    /// Gives the next that came out; waits for it while more than `left` are under way.
+    /// Gives the next that came out; waits for it while more than `left` are on their way.
     ///
     /// # Errors
     /// What a stage ended with; [`Ended::Stopped`] when there is none any more.
     pub fn next(&mut self, left: usize, beat: &Beat) -> Result<Option<O>, Ended> {
         let came = loop {
-            if self.under_way > left {
+            if self.on_their_way > left {
                 match self.last.recv_timeout(SLICE) {
                     Ok(came) => break came,
                     // A stage ends by itself, once it hears of a stop.
@@ -84,23 +91,23 @@ impl<I: Send + 'static, O: Send + 'static> Stages<I, O> {
                 }
             }
         };
-        self.under_way -= 1;
+        self.on_their_way -= 1;
         came.map(Some)
     }
 
-    /// Hands one over; there is [`room`](Self::room).
+    /// Hands one over, while fewer are on their way than there are stages.
     pub fn hand(&mut self, input: I) {
         debug_assert!(
-            self.under_way <= self.room(),
+            self.on_their_way < self.threads.len(),
             "a queue grows between stages"
         );
-        self.under_way += 1;
+        self.on_their_way += 1;
         // Where the stage is gone, the next that is asked for says so.
         drop(self.first.send(Ok(input)));
     }
 
-    /// Lets all that is under way come out, as far as it does.
-    pub fn end(self, beat: &Beat) -> Vec<O> {
+    /// Lets all that is on its way come out, as far as it does: what a stop keeps back is read again at the next start.
+    pub(super) fn end(self, beat: &Beat) -> Vec<O> {
         drop(self.first);
         let mut came = Vec::new();
         loop {
@@ -118,16 +125,11 @@ impl<I: Send + 'static, O: Send + 'static> Stages<I, O> {
     }
 }
 
-/// What a stage does to each that it is given.
-pub trait Work<I, O>: FnMut(I, &mut Beat) -> Result<O, Ended> + Send + 'static {}
-
-impl<I, O, W: FnMut(I, &mut Beat) -> Result<O, Ended> + Send + 'static> Work<I, O> for W {}
-
 /// Starts the thread of one stage, with a hold of its own on the worker's slot. It ends when the one before it has.
 fn stage<I: Send + 'static, O: Send + 'static>(
     given: Receiver<Result<I, Ended>>,
     mut beat: Beat,
-    mut work: impl Work<I, O>,
+    mut work: impl FnMut(I, &mut Beat) -> Result<O, Ended> + Send + 'static,
 ) -> (Receiver<Result<O, Ended>>, JoinHandle<()>) {
     let (give, taken) = bounded(1);
     let thread = thread::spawn(move || {
@@ -136,7 +138,7 @@ fn stage<I: Send + 'static, O: Send + 'static>(
                 Ok(input) => {
                     let output = input.and_then(|input| work(input, &mut beat));
                     let is_over = output.is_err();
-                    // Where nobody listens any more, nobody waits for it.
+                    // It waits for nobody: no more are on their way than there are stages. What comes behind a failure is not taken on.
                     if give.send(output).is_err() || is_over {
                         return;
                     }
@@ -194,7 +196,7 @@ mod tests {
     fn each_stage_has_one_and_all_come_out_in_their_order() {
         let (beat, _board) = beat();
         let (mut stages, go) = two(&beat);
-        assert_eq!(stages.room(), 1);
+        assert_eq!(stages.count(), 2);
         stages.hand(1);
         stages.hand(2);
         assert!(all(&mut stages, 2, &beat).is_empty(), "it does not wait");
@@ -212,12 +214,18 @@ mod tests {
     }
 
     #[test]
-    fn behind_a_failure_nothing_comes_out() {
+    fn behind_a_failure_nothing_is_taken_on() {
         let (beat, _board) = beat();
-        let (mut stages, go) = two(&beat);
+        let fails = |number: u32, _: &mut Beat| match number {
+            1 => Err(Ended::Stopped),
+            _ => Ok(number),
+        };
+        let mut stages = Stages::start(beat.another(), fails).then(beat.another(), |number, _| {
+            let passed: u32 = number;
+            Ok(passed)
+        });
         stages.hand(1);
         stages.hand(2);
-        drop(go);
         assert!(matches!(stages.next(1, &beat), Err(Ended::Stopped)));
         assert!(matches!(stages.next(0, &beat), Err(Ended::Stopped)));
         assert!(stages.end(&beat).is_empty());
