@@ -180,7 +180,7 @@ pub const KEYS: &[Key] = &[
     key(
         "intake.batch_bytes",
         "32MiB",
-        "most bytes in one batch, and read ahead",
+        "most bytes in one batch, of which there are three at most, and read ahead",
     ),
     // A span waits as long for its batch; half of it costs 3 % of a core at 10,000 spans a second (docs/performance.md).
     key(
