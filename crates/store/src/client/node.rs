@@ -20,7 +20,7 @@ use super::{AddressError, Command};
 /// noticed early, and its buffers stay small.
 const SLICE_COMMANDS: usize = 500;
 const SLICE_BYTES: usize = 4 << 20;
-/// Entries, of a mebibyte each at worst, that the replies to a slice may hold: the server keeps those of two slices until they are read.
+/// About how many entries, of a mebibyte each where they are full, the replies to a slice may hold: the server keeps those of two slices until they are read.
 /// With half as many a look at 125 small traces goes to and fro eight times.
 const SLICE_ENTRIES: usize = 64;
 /// Bytes of whole journals that are kept of what is sent at once to one node; for what is over it, nil stands.

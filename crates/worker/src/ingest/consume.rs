@@ -437,10 +437,7 @@ impl Input {
     /// Reads one batch: until it is full, its time is over, or nothing came. An outage is one when nothing came after the last word
     /// of it: librdkafka keeps what it said while nobody read, a word for every try.
     pub fn collect(&mut self, limits: &BatchLimits) -> Collected {
-        let mut batch = Collected {
-            values: Vec::with_capacity(self.batch_bytes),
-            ..Collected::default()
-        };
+        let mut batch = Collected::default();
         let mut deadline = Clock::mono_now().after(limits.idle);
         let mut wait = limits.idle;
         let bytes_max = usize::try_from(limits.bytes).unwrap_or(usize::MAX);
@@ -449,6 +446,9 @@ impl Input {
                 Some(Ok(message)) => {
                     // The time is read when there is no more: that is a good part of what a poll costs.
                     (deadline, wait) = (limits.until, Duration::ZERO);
+                    if batch.is_empty() {
+                        batch.values.reserve(self.batch_bytes);
+                    }
                     batch.take(&message);
                     batch.outage = batch.outage.filter(|error| !is_transport(error));
                 }

@@ -6,7 +6,7 @@
 //! Knows:  the order of a pass.
 //! Source: docs/spec.md 2–4; docs/store.md 2, 6.
 
-use std::{collections::BTreeMap, error::Error, time::Duration};
+use std::{collections::BTreeMap, error::Error, panic::resume_unwind, time::Duration};
 
 use log::{debug, info, warn};
 use shared::{
@@ -135,7 +135,7 @@ impl Ingest {
         } = self.read();
         // With the next, each stage has one.
         let mut again = self.written(self.stages.count() - 1)?;
-        again.extend(self.watch()?);
+        self.watch(&mut again)?;
         if !batch.0.is_empty() {
             self.stages.hand(batch);
         }
@@ -168,11 +168,13 @@ impl Ingest {
             mut shards,
             ..
         } = self;
-        for inserted in stages.end(&beat) {
+        let (written, panicked) = stages.end(&beat);
+        for inserted in written {
             note(&inserted, &mut shards, &mut commits);
         }
         commits.send_last(&input);
         input.close();
+        panicked.unwrap_or_else(|panic| resume_unwind(panic));
         ended
     }
 
@@ -243,14 +245,14 @@ impl Ingest {
         Ok(())
     }
 
-    /// Now and then, with nothing on its way: reads the positions of all shards, renews what must not expire, judges floors. Gives the
+    /// Now and then, with nothing on its way: reads the positions of all shards, renews what must not expire, judges floors. Adds the
     /// shards that have to be read again.
-    fn watch(&mut self) -> Result<Vec<ShardId>, Ended> {
+    fn watch(&mut self, again: &mut Vec<ShardId>) -> Result<(), Ended> {
         let now = Clock::mono_now();
         if now.since(self.watched) < WATCH_EVERY {
-            return Ok(Vec::new());
+            return Ok(());
         }
-        let mut again = self.written(0)?;
+        again.extend(self.written(0)?);
         self.watched = now;
         let shards: Vec<ShardId> = self.shards.keys().copied().collect();
         // A hold of its own: all of `self` is needed beside it.
@@ -265,7 +267,7 @@ impl Ingest {
         if again.is_empty() {
             self.judge_floors(&mut store)?;
         }
-        Ok(again)
+        Ok(())
     }
 
     /// Reads shards again: a node went back, or their place is gone from the topic. What is on its way comes into Redis first: it may be

@@ -7,7 +7,6 @@
 //! Source: docs/house.md 3.
 
 use std::{
-    panic::resume_unwind,
     thread::{self, JoinHandle},
     time::Duration,
 };
@@ -106,8 +105,9 @@ impl<I: Send + 'static, O: Send + 'static> Stages<I, O> {
         drop(self.first.send(Ok(input)));
     }
 
-    /// Lets all that is on its way come out, as far as it does: what a stop keeps back is read again at the next start.
-    pub(super) fn end(self, beat: &Beat) -> Vec<O> {
+    /// Lets all that is on its way come out, as far as it does: what a stop keeps back is read again at the next start. Gives the panic of
+    /// a stage as well, to be passed on when all else is in order.
+    pub(super) fn end(self, beat: &Beat) -> (Vec<O>, thread::Result<()>) {
         drop(self.first);
         let mut came = Vec::new();
         loop {
@@ -117,11 +117,8 @@ impl<I: Send + 'static, O: Send + 'static> Stages<I, O> {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        for thread in self.threads {
-            let ended = thread.join();
-            ended.unwrap_or_else(|panic| resume_unwind(panic));
-        }
-        came
+        let ends = self.threads.into_iter().map(JoinHandle::join);
+        (came, ends.fold(Ok(()), Result::and))
     }
 }
 
@@ -138,7 +135,7 @@ fn stage<I: Send + 'static, O: Send + 'static>(
                 Ok(input) => {
                     let output = input.and_then(|input| work(input, &mut beat));
                     let is_over = output.is_err();
-                    // It waits for nobody: no more are on their way than there are stages. What comes behind a failure is not taken on.
+                    // It waits for the next stage at most, or until the reader asks. What comes behind a failure is not taken on.
                     if give.send(output).is_err() || is_over {
                         return;
                     }
@@ -154,10 +151,7 @@ fn stage<I: Send + 'static, O: Send + 'static>(
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        iter::from_fn,
-        panic::{AssertUnwindSafe, catch_unwind},
-    };
+    use std::iter::from_fn;
 
     use shared::{
         board::BoardOwner,
@@ -210,7 +204,9 @@ mod tests {
         stages.hand(5);
         go.send(()).unwrap();
         drop(go);
-        assert_eq!(stages.end(&beat), ["5"], "one had no word any more");
+        let (came, ended) = stages.end(&beat);
+        assert_eq!(came, ["5"], "one had no word any more");
+        assert!(ended.is_ok());
     }
 
     #[test]
@@ -228,16 +224,17 @@ mod tests {
         stages.hand(2);
         assert!(matches!(stages.next(1, &beat), Err(Ended::Stopped)));
         assert!(matches!(stages.next(0, &beat), Err(Ended::Stopped)));
-        assert!(stages.end(&beat).is_empty());
+        assert!(stages.end(&beat).0.is_empty());
     }
 
     #[test]
-    fn a_panic_of_a_stage_is_passed_on() {
+    fn a_panic_of_a_stage_stops_the_others_and_is_told() {
         let (beat, _board) = beat();
         let (mut stages, go) = two(&beat);
         go.send(()).unwrap();
         stages.hand(99);
         assert!(matches!(stages.next(0, &beat), Err(Ended::Stopped)));
-        assert!(catch_unwind(AssertUnwindSafe(|| stages.end(&beat))).is_err());
+        let (came, ended) = stages.end(&beat);
+        assert!(came.is_empty() && ended.is_err() && beat.stopping());
     }
 }
