@@ -49,7 +49,7 @@ struct Line {
     /// Configuration in TOML
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Prove the configuration and the reachability of Redis and Kafka, print what is in force, end
+    /// Prove the configuration, the run directory and the reachability of Redis and Kafka, print what is in force, end
     #[arg(long)]
     check: bool,
 }
