@@ -92,14 +92,7 @@ fn flush(look: Duration, delivery: Duration) -> (Vec<String>, u64) {
         client: Client::new(&behind_proxy).unwrap(),
         beat: beat.another(),
         output: Output::new(&config, slow.clone(), None, 1 << 20),
-        limits: Limits {
-            timeout: config.buffer.timeout,
-            root_timeout: config.buffer.root_timeout,
-            max_segment_age: None,
-            max_segment_bytes: 1 << 20,
-            max_trace_bytes: 1 << 20,
-            max_trace_entries: 10,
-        },
+        limits: Limits::new(&config.buffer, 1 << 20),
         budget: Budget {
             segments: 10,
             bytes: 1,

@@ -181,15 +181,7 @@ fn open(config: &Config) -> Store {
 
 /// The lanes of a worker, as `flush::begin` makes them.
 fn lanes(config: &Config, taken: &Nobody, beat: &Beat) -> Lanes<Nobody> {
-    let buffer = &config.buffer;
-    let limits = Limits {
-        timeout: buffer.timeout,
-        root_timeout: buffer.root_timeout,
-        max_segment_age: buffer.max_segment_age,
-        max_segment_bytes: SEGMENT_BYTES_MAX,
-        max_trace_bytes: buffer.max_trace_bytes,
-        max_trace_entries: buffer.max_trace_entries,
-    };
+    let limits = Limits::new(&config.buffer, SEGMENT_BYTES_MAX);
     let (count, budget) = lanes_of(&config.flush);
     let lane = || Lane {
         client: Client::new(&config.redis).unwrap(),

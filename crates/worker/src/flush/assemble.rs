@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use shared::{ids::SpanId, time::UnixMillis};
+use shared::{config::Buffer, ids::SpanId, time::UnixMillis};
 use store::entry::EntryHeader;
 
 /// One entry of a journal.
@@ -50,6 +50,21 @@ pub struct Limits {
     pub max_trace_bytes: u64,
     /// Entries of one trace.
     pub max_trace_entries: u64,
+}
+
+impl Limits {
+    /// The limits of the configuration, with the most bytes that a segment may have in one message.
+    #[must_use]
+    pub fn new(buffer: &Buffer, max_segment_bytes: u64) -> Self {
+        Self {
+            timeout: buffer.timeout,
+            root_timeout: buffer.root_timeout,
+            max_segment_age: buffer.max_segment_age,
+            max_segment_bytes,
+            max_trace_bytes: buffer.max_trace_bytes,
+            max_trace_entries: buffer.max_trace_entries,
+        }
+    }
 }
 
 /// Everything of a trace that hangs under one top.

@@ -79,7 +79,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Fl
         .iter()
         .filter_map(|shard| Some((shard, board.ledger(shard)?)))
         .collect();
-    let limits = limits(&config, segment_bytes_max);
+    let limits = Limits::new(&config.buffer, segment_bytes_max);
     let (count, budget) = lanes_of(&config.flush);
     let mut lanes = Vec::with_capacity(count);
     for _ in 0..count {
@@ -106,18 +106,6 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<Fl
         client,
         ledgers,
     })
-}
-
-fn limits(config: &Config, segment_bytes_max: u64) -> Limits {
-    let buffer = &config.buffer;
-    Limits {
-        timeout: buffer.timeout,
-        root_timeout: buffer.root_timeout,
-        max_segment_age: buffer.max_segment_age,
-        max_segment_bytes: segment_bytes_max,
-        max_trace_bytes: buffer.max_trace_bytes,
-        max_trace_entries: buffer.max_trace_entries,
-    }
 }
 
 /// Asks Kafka for a topic until it answers.

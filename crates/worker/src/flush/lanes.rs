@@ -425,14 +425,7 @@ mod tests {
             client: Client::new(&config.redis).unwrap(),
             beat: beat.another(),
             output: Output::new(config, Nobody, None, 1 << 20),
-            limits: Limits {
-                timeout: config.buffer.timeout,
-                root_timeout: config.buffer.root_timeout,
-                max_segment_age: None,
-                max_segment_bytes: 1 << 20,
-                max_trace_bytes: 1 << 20,
-                max_trace_entries: 10,
-            },
+            limits: Limits::new(&config.buffer, 1 << 20),
             budget: Budget {
                 segments: 2,
                 bytes: 1 << 20,

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use log::{error, info, warn};
 use shared::{
-    board::{Board, Phase},
+    board::{Board, Ledger, Phase},
     config::Config,
     launch::Launch,
     shard::{ShardId, ShardList},
@@ -68,24 +68,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
     let dead_letters = DeadLetters::new(&config.kafka)?;
 
     let begun = locate(&config, &launch.shards, &mut input, &mut store, &mut beat)?;
-    let (mut shards, mut ledgers, clocks) = (BTreeMap::new(), BTreeMap::new(), Clocks::default());
-    for (&shard, begun) in &begun {
-        let (Some(published), Some(ledger)) = (board.clock_writer(shard), board.ledger(shard))
-        else {
-            continue;
-        };
-        // The clock is kept over a respawn, with all that it may have run to: what a flusher has read is not taken back.
-        let kept = board
-            .clock(shard)
-            .map(|clock| clock.read(MonoNanos(u64::MAX)));
-        clocks.begin(shard, kept.max(begun.clock), published);
-        let begins = Shard {
-            next: begun.offset(),
-            floor: Floor::new(begun.floor),
-        };
-        shards.insert(shard, begins);
-        ledgers.insert(shard, ledger);
-    }
+    let (shards, ledgers, clocks) = take_up(&begun, board);
     let mut commits = Commits::default();
     begun
         .iter()
@@ -99,10 +82,7 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         config.intake.backpressure_seconds,
     );
     let making = Making {
-        limits: GroupLimits {
-            spans_max: config.buffer.max_spans_per_insert,
-            bytes_max: config.buffer.max_insert_bytes,
-        },
+        limits: GroupLimits::from(&config.buffer),
         encoder: Encoder::new(store.buckets(), &config.redis, &config.buffer),
         dead_letters,
     };
@@ -133,6 +113,32 @@ pub(super) fn begin(launch: &Launch, board: &Board, mut beat: Beat) -> Result<In
         floored: now,
         ends_failed: false,
     })
+}
+
+/// What this worker keeps of its shards, what it counts for them, and their clocks, which stand.
+fn take_up(
+    begun: &BTreeMap<ShardId, Begun>,
+    board: &Board,
+) -> (BTreeMap<ShardId, Shard>, BTreeMap<ShardId, Ledger>, Clocks) {
+    let (mut shards, mut ledgers, clocks) = (BTreeMap::new(), BTreeMap::new(), Clocks::default());
+    for (&shard, begun) in begun {
+        let (Some(published), Some(ledger)) = (board.clock_writer(shard), board.ledger(shard))
+        else {
+            continue;
+        };
+        // The clock is kept over a respawn, with all that it may have run to: what a flusher has read is not taken back.
+        let kept = board
+            .clock(shard)
+            .map(|clock| clock.read(MonoNanos(u64::MAX)));
+        clocks.begin(shard, kept.max(begun.clock), published);
+        let begins = Shard {
+            next: begun.offset(),
+            floor: Floor::new(begun.floor),
+        };
+        shards.insert(shard, begins);
+        ledgers.insert(shard, ledger);
+    }
+    (shards, ledgers, clocks)
 }
 
 /// Waits until the store can be used; gives the client and the store's description.

@@ -10,6 +10,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use shared::{
+    config::Buffer,
     ids::{OrganizationId, ProjectId, SpanId, TraceId},
     time::UnixMillis,
 };
@@ -55,6 +56,15 @@ pub struct GroupLimits {
     pub spans_max: usize,
     /// Bytes of messages.
     pub bytes_max: u64,
+}
+
+impl From<&Buffer> for GroupLimits {
+    fn from(buffer: &Buffer) -> Self {
+        Self {
+            spans_max: buffer.max_spans_per_insert,
+            bytes_max: buffer.max_insert_bytes,
+        }
+    }
 }
 
 impl Arrived {
